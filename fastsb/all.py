@@ -1,0 +1,9 @@
+"The public API: `from fastsb.all import *`"
+
+from fastsb.buffer import *
+from fastsb.callback import *
+from fastsb.engine import *
+from fastsb.history import *
+from fastsb.losses import *
+from fastsb.plot import *
+from fastsb.select import *
