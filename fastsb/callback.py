@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 
 from .engine import SelectiveBackprop
 from .losses import per_item_loss, unreduced
-from .select import Selector, check_number
+from .select import Selector, _check_number
 
 # %% ../nbs/10_callback.ipynb #f4aa345e
 class SelectiveBackpropCallback(Callback):
@@ -33,13 +33,13 @@ class SelectiveBackpropCallback(Callback):
         start:int|float=1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float=1., # When everything is trained on again: an int is epochs, a float a fraction of the fit
         exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates, so that the host never waits for the device
-        batching:str='accumulate', # 'accumulate' full batches from what is kept, or 'prune': train on what is kept of each batch
+        batching:str='accumulate', # 'accumulate' full batches from what is kept, or 'prune': train on what is kept of each batch, two at least if any
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
         selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
     ):
         for name,v in (('start',start),('end',end)):
-            check_number(name, v, high=1. if isinstance(v, float) else float('inf'), why=' (an int is epochs, a float a fraction of the fit)')
+            _check_number(name, v, high=1. if isinstance(v, float) else float('inf'), why=' (an int is epochs, a float a fraction of the fit)')
         if isinstance(start, float) and start == 1.:
             raise ValueError("start=1.0 is a fraction of the fit: nothing would ever be selected. For one epoch, pass start=1.")
         if type(start) is type(end) and end <= start: raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
@@ -58,8 +58,8 @@ class SelectiveBackpropCallback(Callback):
 
     # before the fit: is it one of ours, and can it work?
     def before_fit(self):
-        "Start afresh, unless this is a learning-rate search or a prediction; complain now about what cannot work"
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        "Start afresh, unless this is a learning-rate search, a validation or a prediction; complain now about what cannot work"
+        self.run = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or self.learn.lock.locked()) # `validate` holds the lock
         if not self.run: return
         dl,self._lf = self.dls.train,self.learn.loss_func
         bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
