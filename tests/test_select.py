@@ -1,0 +1,440 @@
+"Every selector against its definition in NumPy, over ordinary and extreme losses."
+import math
+
+import numpy as np
+import pytest
+import torch
+from common import Spy, digits, digits_learner, quiet_fit
+from fastai.callback.all import MixUp, SchedCos
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from torch import nn
+
+from fastsb.all import *
+from fastsb.select import Absolute, Capped, GradNorm, Hybrid, LossShare, LowK, Random, ReducibleLoss, Threshold, TopK, inclusion, systematic
+
+devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+rng = np.random.default_rng(0)
+inputs = {
+    "random": rng.exponential(size=128), "tied": rng.integers(0, 4, 128).astype(float), "constant": np.full(64, 0.7), "zero": np.zeros(32),
+    "one": np.array([1.3]), "two": np.array([2.0, 1.0]), "large": rng.exponential(size=8192), "tiny": rng.random(50) * 1e-30, "huge": rng.random(50) * 1e30,
+    "mixed": np.array([1e-30, 1e30, 0.5, 0.5, 2.0, 1e-30, 3.0]), "one holds all": np.array([1e-9] * 40 + [5.0]),
+    "negative": rng.normal(size=60), "nan": np.where(rng.random(64) < 0.1, np.nan, rng.random(64)), "inf": np.array([1.0, np.inf, 2.0, -np.inf, np.nan, 3.0]),
+    "all nan": np.full(5, np.nan),
+}
+names = pytest.mark.parametrize("name", inputs)
+on = pytest.mark.parametrize("device", devices)
+
+
+def losses_of(name, device="cpu"):
+    return torch.tensor(inputs[name], dtype=torch.float32, device=device)
+
+
+def history_of(losses, size=1024):
+    h = LossHistory(size)
+    h.update(losses)
+    return h
+
+
+def percentile(losses, size=1024):
+    "Definition: share of the last `size` finite losses strictly below; 1 for NaN"
+    v = losses[np.isfinite(losses)][-size:]
+    return np.array([1.0 if np.isnan(x) or not len(v) else (v < x).sum() / len(v) for x in losses])
+
+
+def bad(losses):
+    return ~np.isfinite(losses)
+
+
+def drawn(sel, p, name, device):
+    "With the same uniform draws, exactly those are chosen whose draw is below the expected probability"
+    losses = losses_of(name, device)
+    u = torch.rand(len(losses), generator=torch.Generator().manual_seed(1)).to(device)
+    s = sel.select(losses, history_of(losses), u=u)
+    p = np.where(bad(losses.cpu().numpy()), 1.0, p)
+    np.testing.assert_allclose(s.p.cpu(), p, rtol=1e-5, atol=1e-7)
+    assert s.idx.cpu().tolist() == [i for i in range(len(p)) if u[i] < s.p[i]]
+    assert set(np.flatnonzero(bad(losses.cpu().numpy()))) <= set(s.idx.tolist())
+
+
+@on
+@names
+def test_percentile_random_hybrid(name, device):
+    l = inputs[name].astype(np.float32)
+    for beta in (0, 0.5, 1, 3):
+        drawn(Percentile(beta), percentile(l) ** beta, name, device)
+        drawn(Hybrid(beta, 0.3), 0.3 * percentile(l) ** beta + 0.7 / (beta + 1), name, device)
+    drawn(Random(0.3), np.full(len(l), 0.3), name, device)
+
+
+@on
+@names
+@pytest.mark.parametrize("make", [lambda: Percentile(2, exact=True), lambda: Random(0.3, exact=True), lambda: Hybrid(1, 0.5, exact=True)])
+def test_exact_counts(name, make, device):
+    losses, sel = losses_of(name, device), make()
+    k = max(1, math.floor(sel.keep * len(losses) + 0.5))
+    for _ in range(5):
+        s = sel.select(losses, history_of(losses))
+        assert len(s.idx) == k == len(set(s.idx.tolist())) and s.idx.tolist() == sorted(s.idx.tolist())
+        assert float(s.p.double().sum()) == pytest.approx(k, rel=1e-3)
+        n_bad = int(bad(inputs[name].astype(np.float32)).sum())
+        if n_bad <= k:
+            assert set(np.flatnonzero(bad(inputs[name].astype(np.float32)))) <= set(s.idx.tolist())
+
+
+def reference_inclusion(p, k):
+    "Cap at 1 and share out again until nobody is above 1"
+    p, sure = p.astype(float), np.zeros(len(p), bool)
+    while True:
+        rest = p * ~sure
+        pi = np.where(sure, 1.0, (k - sure.sum()) * rest / rest.sum() if rest.sum() else 0.0)
+        if (pi <= 1 + 1e-12).all():
+            return pi
+        sure |= pi > 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_inclusion_is_capped_proportional(seed):
+    r = np.random.default_rng(seed)
+    p = r.exponential(size=r.integers(2, 60)) ** r.choice([0.2, 1, 4]) + 1e-3
+    k = int(r.integers(1, len(p) + 1))
+    got = inclusion(torch.tensor(p), k)
+    np.testing.assert_allclose(got, reference_inclusion(p, k), rtol=1e-6)
+    for u in (0.0, 0.5, 1 - 1e-7):
+        assert len(set(systematic(got, k, torch.tensor(u)).tolist())) == k
+
+
+@on
+@names
+def test_topk_lowk_threshold(name, device):
+    l = inputs[name].astype(np.float32)
+    n = len(l)
+    for keep in (0.01, 0.3, 0.5, 1.0):
+        k = max(1, math.floor(keep * n + 0.5))
+        for sel, key in ((TopK(keep), -l), (LowK(keep), l)):
+            key = np.where(bad(l), -np.inf, key)  # what is not finite comes first
+            want = sorted(np.argsort(key, kind="stable")[:k])
+            s = sel.select(losses_of(name, device), history_of(losses_of(name, device)))
+            assert s.idx.tolist() == want and s.p.cpu().nonzero().flatten().tolist() == want
+    s = Threshold(0.5).select(losses_of(name, device))
+    assert s.idx.tolist() == np.flatnonzero((l > 0.5) | bad(l)).tolist()
+
+
+def reference_loss_share(l, share, min_samples):
+    if share == 1:
+        return list(range(len(l)))
+    held = np.where(bad(l), 0, np.maximum(l, 0)).astype(np.float64)
+    order, n, total = np.argsort(-held, kind="stable"), 0, 0.0
+    whole = sum(held[i] for i in order)
+    while n < len(l) and (total < share * whole or n < max(1, math.ceil(min_samples * len(l) - 1e-9))):
+        total, n = total + held[order[n]], n + 1
+    return sorted(set(order[:n]) | set(np.flatnonzero(bad(l))))
+
+
+@on
+@names
+def test_loss_share(name, device):
+    l = inputs[name].astype(np.float32)
+    for share in (0.0, 0.5, 0.9, 1.0):
+        for least in (None, 0.25, 1.0):
+            s = LossShare(share, least).select(losses_of(name, device))
+            assert s.idx.tolist() == reference_loss_share(l, share, least or 0) and len(s.idx) > 0
+
+
+@on
+@names
+def test_capped(name, device):
+    l = inputs[name].astype(np.float32)
+    capped = percentile(l) > 0.8
+    drawn(Capped(Percentile(1), 0.8), np.where(capped, 0, percentile(l)), name, device)
+    s = Capped(TopK(0.5), 0.8).select(losses_of(name, device), history_of(losses_of(name, device)))
+    assert not set(s.idx.tolist()) & set(np.flatnonzero(capped & ~bad(l)))
+    k = max(1, math.floor(0.5 * len(l) + 0.5))
+    free = [i for i in np.argsort(np.where(bad(l), np.inf, -l), kind="stable") if not capped[i] and not bad(l)[i]]
+    assert set(free[:k]) <= set(s.idx.tolist())
+
+
+@on
+@pytest.mark.parametrize("B", [1, 7, 8192])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_absolute(B, scale, device):
+    r = np.random.default_rng(B)
+    pred, y = (r.normal(size=(B, 5)) * scale).astype(np.float32), r.integers(0, 5, B)
+    e = np.exp((pred - pred.max(1, keepdims=True)).astype(np.float64))
+    want = np.minimum(((e / e.sum(1, keepdims=True) - np.eye(5)[y]) ** 2).sum(1), 1)
+    got = Absolute().probs(torch.ones(B, device=device), pred=torch.tensor(pred, device=device), yb=(torch.tensor(y, device=device),))
+    np.testing.assert_allclose(got.cpu(), want, atol=1e-5)
+
+
+def test_absolute_is_for_classification():
+    for pred, y in ((torch.rand(4, 3, 2, 2), torch.zeros(4, 2, 2).long()), (torch.rand(4, 3), torch.rand(4, 3)), (torch.rand(4, 3), None)):
+        with pytest.raises(ValueError, match="classification with one label"):
+            Absolute().probs(torch.ones(4), pred=pred, yb=(y,) if y is not None else ())
+
+
+def example(B=24, C=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, C, generator=g) * 3, torch.randint(C, (B,), generator=g)
+
+
+def test_gradnorm_bounds_are_gradient_norms():
+    pred, y = example()
+    t = torch.randn(24, 5)
+    cases = [
+        (CrossEntropyLossFlat(), y, (pred.softmax(1) - nn.functional.one_hot(y, 5)).norm(dim=1)),
+        (nn.MSELoss(), t, 2 / 5 * (pred - t).norm(dim=1)),
+        (MSELossFlat(), t, 2 / 5 * (pred - t).norm(dim=1)),
+        (BCEWithLogitsLossFlat(), t.sigmoid(), 1 / 5 * (pred.sigmoid() - t.sigmoid()).norm(dim=1)),
+        (LabelSmoothingCrossEntropyFlat(eps=0.1), y, (pred.softmax(1) - 0.9 * nn.functional.one_hot(y, 5) - 0.1 / 5).norm(dim=1)),
+    ]
+    for lf, target, want in cases:
+        sel = GradNorm()
+        sel.check(lf)
+        torch.testing.assert_close(sel.bound(per_item_loss(lf, pred, target), lf, pred, (target,)), want)
+    GradNorm().check(FocalLossFlat())
+    for lf in (L1LossFlat(), nn.NLLLoss(), nn.KLDivLoss(), lambda p, t: p):
+        with pytest.raises(ValueError, match="GradNorm"):
+            GradNorm().check(lf)
+
+
+def test_gradnorm_draws_in_proportion_and_weighs_without_bias():
+    pred, y = example()
+    lf = nn.CrossEntropyLoss()
+    losses = per_item_loss(lf, pred, y)
+    sel, n, hits, est = GradNorm(3, seed=0), 4000, torch.zeros(24), []
+    q = (pred.softmax(1) - nn.functional.one_hot(y, 5)).norm(dim=1)
+    q = q / q.sum()
+    for _ in range(n):
+        s = sel.select(losses, pred=pred, yb=(y,), loss_func=lf)
+        assert len(s.idx) == 8
+        hits += torch.bincount(s.idx, minlength=24)
+        torch.testing.assert_close(s.w, 1 / (24 * q[s.idx]), rtol=1e-4, atol=1e-5)
+        est.append((s.w * losses[s.idx]).mean())
+    z = (hits / (8 * n) - q) / (q * (1 - q) / (8 * n)).sqrt().clamp(min=1e-6)
+    assert z.abs().max() < 4.5
+    est = torch.stack(est)
+    assert abs(est.mean() - losses.mean()) < 4 * est.std() / n**0.5
+
+
+def test_gradnorm_gate():
+    "tau from the paper's formula; open when bounds are uneven, closed when they are even; the average forgets by 0.9"
+    lf, y = nn.CrossEntropyLoss(), torch.zeros(32).long()
+    even, uneven = torch.zeros(32, 5), torch.zeros(32, 5)
+    uneven[:30, 0] = 20.0
+    sel = GradNorm(3)
+    assert sel.tau == 2.0 and not sel.active
+    gains = []
+    for pred in [even] * 3 + [uneven] * 30 + [even] * 60:
+        losses = per_item_loss(lf, pred, y)
+        sel.observe(losses, loss_func=lf, pred=pred, yb=(y,))
+        g = (pred.softmax(1) - nn.functional.one_hot(y, 5)).norm(dim=1).double().numpy()
+        g = g / g.sum()
+        one = 1 / np.sqrt(max(1 - ((g - 1 / 32) ** 2).sum() / (g**2).sum(), 1e-12))
+        gains.append(one if not gains else 0.9 * gains[-1] + 0.1 * one)
+        assert float(sel.gain) == pytest.approx(gains[-1], rel=1e-3) and sel.active == (gains[-1] > 2)
+    assert max(gains) > 2 > gains[-1]
+
+
+def test_gradnorm_in_a_fit_trains_whole_until_the_gate_opens():
+    learn = digits_learner(n=1400, noise=0).selective_backprop(selector=GradNorm(3, seed=0), start=0)
+    quiet_fit(learn, 12)
+    log = learn.sb.log
+    assert log.fp[0] < log.candidates[0] and log.fp.sum() > 0  # no extra forward pass before
+    assert log.selected.iloc[-1] < 0.8 and learn.recorder.values[-1][2] > 0.85
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reducible_loss_knows_the_items(shuffle, num_workers):
+    "The index is planted in the data: what is subtracted is each item's own irreducible loss"
+    from fastai.basics import DataLoaders, Learner
+
+    n = 300
+    irr, seen = torch.rand(n), []
+
+    class Watch(ReducibleLoss):
+        def score(self, losses, items=None, **context):
+            seen.append((losses.round().long(), items.clone()))
+            return super().score(losses, items=items, **context)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x[:, 0] + 0 * self.w
+
+    ds = [(torch.full((2,), float(i)), torch.tensor(i)) for i in range(n)]
+    dls = DataLoaders.from_dsets(ds, ds[:20], bs=32, device="cpu", num_workers=num_workers)
+    dls.train.shuffle = shuffle
+    learn = Learner(dls, Net(), loss_func=lambda p, t: (p * 0).mean())
+    learn.selective_backprop(selector=Watch(irr, 0.25), per_item=lambda p, t: p, start=0)
+    quiet_fit(learn, 2)
+    assert len(seen) == 18 and all(torch.equal(a, b) for a, b in seen)
+    assert learn.sb.log.selected.iloc[-1] == pytest.approx(0.25, abs=0.1)
+
+
+def test_reducible_loss_by_hand():
+    losses, irr = torch.tensor([3.0, 1.0, 2.0, 5.0]), torch.tensor([0.0, 0.0, 4.9, 0.0, 1.9])
+    items = torch.tensor([1, 0, 4, 2])
+    assert ReducibleLoss(irr, 0.5).select(losses, items=items).idx.tolist() == [0, 1]  # 3-0, 1-0, 2-1.9, 5-4.9
+    with pytest.raises(ValueError, match="items="):
+        ReducibleLoss(irr).select(losses)
+
+
+# choosing in a fit -----------------------------------------------------------------------------------------------------
+family = [Random(0.5), Hybrid(1), Absolute(), Threshold(0.5), TopK(0.5), LowK(0.5), LossShare(0.9), Capped(Percentile(1)), GradNorm(2, tau=0), Percentile(1, exact=True)]
+
+
+@pytest.mark.parametrize("batching", ["accumulate", "prune"])
+@pytest.mark.parametrize("sel", family, ids=repr)
+def test_every_selector_in_a_fit(sel, batching):
+    learn = digits_learner().selective_backprop(selector=sel, batching=batching, start=1)
+    quiet_fit(learn, 3)
+    log = learn.sb.log
+    assert log.selected[1:].max() < 1 and log.bp.sum() > 640 and log.fp.tolist()[0] == 0
+    assert learn.recorder.values[-1][2] > 0.4
+
+
+def test_no_host_waits_for_counts_that_are_known():
+    from test_invariants import Counter
+
+    losses = torch.rand(64)
+    h = history_of(losses)
+    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 1)):
+        sel.select(losses, h)
+        with Counter() as c:
+            sel.select(losses, h)
+        assert len(c.waiting) == waits, (sel, c.waiting)
+
+
+@pytest.mark.parametrize("rescale", ["sum", "inverse"])
+@pytest.mark.parametrize("batching", ["accumulate", "prune"])
+def test_the_weighted_loss_of_a_fit_is_the_hand_computed_one(rescale, batching):
+    got = []
+
+    class Check(Spy):
+        order = 0
+
+        def after_loss(self):
+            if not self.training or learn.sb.engine.weights is None:
+                return
+            w = learn.sb.engine.weights
+            items = nn.functional.cross_entropy(self.pred, self.yb[0], reduction="none")
+            torch.testing.assert_close(self.learn.loss_grad, (w * items).sum() / len(w))
+            torch.testing.assert_close(self.learn.loss, self.learn.loss_grad)
+            assert self.learn.loss_grad.requires_grad
+            got.append(w)
+
+    learn = digits_learner(cbs=Check()).selective_backprop(selector=Hybrid(1), rescale=rescale, batching=batching, start=0)
+    quiet_fit(learn, 3)
+    w = torch.cat(got)
+    assert len(got) > 20 and w.std() > 0
+    assert w.mean() == pytest.approx(0.5 if rescale == "sum" else 1.0, abs=0.12)
+
+
+def test_rescale_mean_is_the_loss_itself():
+    losses = []
+    for kw in (dict(), dict(rescale="mean")):
+        learn = quiet_fit(digits_learner().selective_backprop(seed=0, **kw))
+        losses.append(learn.recorder.losses)
+    assert losses[0] == losses[1]
+
+
+def test_weights_and_mixed_losses_do_not_go_together():
+    learn = digits_learner(cbs=MixUp()).selective_backprop(rescale="sum")
+    with pytest.raises(ValueError, match="MixUp"):
+        quiet_fit(learn)
+
+
+def test_interrupt():
+    learn = digits_learner().selective_backprop(interrupt=4, start=0, batching="prune")
+    quiet_fit(learn, 2)
+    f = np.array(learn.sb.engine.fractions)
+    assert len(f) == 40 and (f[3::4] == 1).all() and np.delete(f, np.arange(3, 40, 4)).max() < 1
+    assert learn.sb.counts["fp"] == 1280 * 3 // 4
+    for n in (0, 1, 1.5, True):
+        with pytest.raises(ValueError, match="interrupt="):
+            learn.selective_backprop(interrupt=n)
+
+
+def test_top_share():
+    learn = digits_learner(noise=0, p=0).selective_backprop(start=1, exact=True)
+    tops = []
+
+    class Watch(Spy):
+        order = -6
+
+        def before_batch(self):
+            if self.training and self.epoch == 1:
+                with torch.no_grad():
+                    l = per_item_loss(self.loss_func, self.model.eval()(*self.xb), *self.yb)
+                self.model.train()
+                tops.append((l.sort(descending=True).values[:7].sum().item(), l.sum().item()))
+
+    quiet_fit(learn, 2, cbs=Watch())
+    top, total = np.array(tops).sum(0)
+    assert learn.sb.log.top_share[1] == pytest.approx(top / total, rel=1e-4)
+
+
+def test_it_says_once_when_selection_cannot_pay(capsys):
+    learn = digits_learner(n=320).selective_backprop(start=0)
+    with learn.no_bar():
+        learn.fit(1, 1e-6)  # nothing is learnt, so losses stay even
+        learn.fit(1, 1e-6)
+    out = capsys.readouterr().out
+    assert out.count("selection hardly saves time") == 1
+    assert learn.sb.log.top_share.max() < 0.5
+
+
+# which loss is the score? --------------------------------------------------------------------------------------------------
+def test_the_score_is_the_training_loss_with_its_smoothing_and_weights():
+    x, y = digits(64)
+    model = nn.Linear(64, 10)
+    logp = model(x).log_softmax(1).detach()
+    w = torch.arange(1.0, 11.0)
+    own = -logp[torch.arange(64), y]
+    for lf, want in ((nn.CrossEntropyLoss(weight=w), own * w[y]), (nn.CrossEntropyLoss(label_smoothing=0.3), 0.7 * own - 0.3 * logp.mean(1)),
+                     (LabelSmoothingCrossEntropyFlat(eps=0.3), 0.7 * own - 0.3 * logp.mean(1))):
+        torch.testing.assert_close(SelectiveBackprop(model, lf, 64).score((x, y)), want)
+
+
+# the filter -------------------------------------------------------------------------------------------------------------------
+def test_batch_loss_filter():
+    spy = Spy()
+    learn = digits_learner(n=1400, cbs=spy)
+    assert learn.batch_loss_filter(min_loss_perc=0.9, min_samples_perc=0.1) is learn and type(learn.blf) is BatchLossFilterCallback
+    quiet_fit(learn, 8)
+    log = learn.blf.log
+    assert log.selected[0] == 1 and log.fp.tolist() == [0] + [1376] * 7
+    assert log.selected.iloc[-1] < log.selected[1] and log.selected.min() >= 0.1
+    assert len(spy.losses) == 43 * 8  # pruned: every batch is trained, never an empty one
+    assert len(learn.blf.plot_selected().lines) == 2 + 8 - 1
+    learn.batch_loss_filter(min_loss_perc=0.5)
+    assert len([c for c in learn.cbs if isinstance(c, BatchLossFilterCallback)]) == 1 and learn.blf.selector.min_loss_perc == 0.5
+    learn.remove_cb(BatchLossFilterCallback)
+    assert not hasattr(learn, "blf")
+
+
+def test_batch_loss_filter_schedule_and_accumulate():
+    spy = Spy()
+    learn = digits_learner(cbs=spy).batch_loss_filter(min_loss_perc=SchedCos(1, 0.3), start=0, batching="accumulate")
+    seen = []
+    old = learn.blf.selector.at
+    learn.blf.selector.at = lambda pct: (old(pct), seen.append((pct, learn.blf.selector.min_loss_perc)))
+    quiet_fit(learn, 4)
+    for pct, share in seen:
+        assert share == pytest.approx(0.3 + 0.7 * (1 + math.cos(math.pi * pct)) / 2)
+    assert {n for _, n in spy.losses} == {32} and learn.blf.log.selected.is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: TopK(0), "keep=0"), (lambda: TopK(1.5), "keep=1.5"), (lambda: Random("x"), "keep='x'"), (lambda: Hybrid(1, 2), "mix=2"),
+    (lambda: Threshold(None), "loss=None"), (lambda: LossShare(-0.1), "min_loss_perc=-0.1"), (lambda: LossShare(0.9, 3), "min_samples_perc=3"),
+    (lambda: Capped(Percentile(), 0), "max_percentile=0"), (lambda: Capped("sb"), "selector='sb'"), (lambda: Capped(GradNorm()), "without weights"),
+    (lambda: GradNorm(1), "presample=1"), (lambda: GradNorm(3, tau=-1), "tau=-1"), (lambda: ReducibleLoss(torch.tensor([])), "irreducible"),
+    (lambda: ReducibleLoss(torch.tensor([float("nan")])), "irreducible"),
+], ids=lambda o: o if isinstance(o, str) else "")
+def test_wrong_arguments(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        make()
