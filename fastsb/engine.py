@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['scoring', 'Stopwatch', 'SelectiveBackprop']
 
-# %% ../nbs/05_engine.ipynb #da4261a7
-import random, time, warnings
+# %% ../nbs/05_engine.ipynb #f206ffab
+import math, random, time, warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 
@@ -102,6 +102,19 @@ def _check_epochs(name, value, none=False):
         raise TypeError(f"{name}={value!r} must be an int{' or None' if none else ''}: a number of epochs.")
     if value < 0: raise ValueError(f"{name}={value} must be at least 0.")
 
+def _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item) -> Selector:
+    "The selector that the arguments ask for; raises `TypeError` or `ValueError` for one that is wrong"
+    if batching not in ('accumulate','prune'): raise ValueError(f"batching={batching!r} must be 'accumulate' or 'prune'.")
+    if rescale not in ('mean','sum','inverse'): raise ValueError(f"rescale={rescale!r} must be 'mean', 'sum' or 'inverse'.")
+    if interrupt is not None and (isinstance(interrupt, bool) or not isinstance(interrupt, int) or interrupt < 2):
+        raise ValueError(f"interrupt={interrupt!r} must be None or an int of at least 2: every how many batches one is trained whole.")
+    if per_item is not None and not callable(per_item): raise TypeError(f"per_item={per_item!r} must be callable.")
+    if selector is None: selector = Percentile(beta, exact, seed)
+    elif not isinstance(selector, Selector): raise TypeError(f"selector={selector!r} must be a fastsb Selector.")
+    elif (beta,exact,seed) != (1.,False,None): raise ValueError(f"Pass either selector={selector!r} or beta, exact and seed, not both.")
+    if selector.weighted and rescale != 'mean': raise ValueError(f"rescale={rescale!r}: {selector} weighs what it keeps itself; leave rescale='mean'.")
+    return selector
+
 # %% ../nbs/05_engine.ipynb #13048407
 class SelectiveBackprop:
     """Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762): yields rebuilt batches of the examples that still teach the model something.
@@ -119,23 +132,24 @@ class SelectiveBackprop:
         batching:str='accumulate', # 'accumulate' full batches from what is kept, or 'prune': train on what is kept of each batch, two at least if any
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed
         selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`
+        rescale:str='mean', # How kept losses are averaged: 'mean'; 'sum' over the kept / candidates; 'inverse' to their probability, unbiased. See `weights`
+        interrupt:int|None=None, # Train every `interrupt`-th batch of candidates whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split
         forward=None, # Callable `(model, batch) -> (pred, targets)`, for batches that are not (inputs, target)
         autocast:torch.autocast|None=None, # Score under this, if your loop enters it only around its own forward pass
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"model={model!r} must be a torch.nn.Module.")
-        if batching not in ('accumulate','prune'): raise ValueError(f"batching={batching!r} must be 'accumulate' or 'prune'.")
         _check_epochs('start', start); _check_epochs('end', end, none=True)
         if end is not None and end <= start: raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
-        if selector is None: selector = Percentile(beta, exact, seed)
-        elif not isinstance(selector, Selector): raise TypeError(f"selector={selector!r} must be a fastsb Selector.")
-        elif (beta,exact,seed) != (1.,False,None): raise ValueError(f"Pass either selector={selector!r} or beta, exact and seed, not both.")
-        for name,f in (('loss_func',loss_func),('per_item',per_item),('forward',forward)):
+        for name,f in (('loss_func',loss_func),('forward',forward)):
             if not callable(f) and (f is not None or name == 'loss_func'): raise TypeError(f"{name}={f!r} must be callable.")
+        selector = _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item)
+        if selector.keep != 1: selector.check(loss_func)
         self.model,self.loss_func,self.start,self.end,self.batching = model,loss_func,start,end,batching
         self.selector,self.per_item,self.forward,self.autocast = selector,per_item,forward or _model_batch,autocast
+        self.rescale,self.interrupt,self.weighted,self.weights,self.whole = rescale,interrupt,rescale != 'mean' or selector.weighted,None,True
         self.history,self.buffer,self.clock = LossHistory(history),BatchBuffer(bs),Stopwatch()
-        self.epoch,self.counts,self.log,self.fractions = 0,dict(candidates=0, fp=0, bp=0),[],[]
+        self.epoch,self.counts,self.log,self.fractions,self._since = 0,dict(candidates=0, fp=0, bp=0),[],[],0
         self._begin()
 
     def _begin(self):
@@ -158,6 +172,20 @@ class SelectiveBackprop:
         finite = losses.isfinite()
         self._add('candidate_loss', torch.where(finite, losses, 0.).sum())
         self._add('finite', finite.sum()); self._add('bad', (~finite).sum())
+        held = torch.where(finite, losses.clamp(min=0), 0.)
+        self._add('held', held.sum()); self._add('top_held', held.topk(math.ceil(.2*len(held))).values.sum())
+
+    def observe(self,
+        pred, # The model's output for a batch that was trained whole
+        *yb, # Its targets
+        fill:bool=True, # Are these losses of the candidates? (Not if MixUp has mixed them)
+    ):
+        "Note the losses that training has produced. Before selection begins they fill the history for nothing. Optional in a loop of your own"
+        with torch.no_grad():
+            losses = per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
+            if not fill: return
+            self.fill(losses)
+            self.selector.observe(losses, loss_func=self.loss_func, pred=pred, yb=yb)
 
     def trained(self,
         loss:Tensor, # () mean loss of the batch just trained on
@@ -170,14 +198,18 @@ class SelectiveBackprop:
         batch, # Nested tuple/list/dict of tensors, `B` rows, on the model's device
     ) -> Tensor: # (B,) losses
         "The loss of each example of `batch`, from a forward pass that leaves no trace"
+        return self._score(batch)[0]
+
+    def _score(self, batch):
         model,plain = self.model,_to_plain(batch)
         if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
         self.clock.start('scoring', self.device)
         with scoring(model, self.device, self.autocast):
             pred,yb = self.forward(model, plain)
-            losses = per_item_loss(self.loss_func, _to_float(pred), *yb, per_item=self.per_item)
+            pred = _to_float(pred)
+            losses = per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
         self.clock.stop('scoring')
-        return losses
+        return losses,pred,yb
 
     def check_ranks(self):
         "Raise `ValueError` if processes that train together would not take the same number of steps"
@@ -186,30 +218,49 @@ class SelectiveBackprop:
             raise ValueError(f"{self.selector} keeps a random number of examples, but the {d.get_world_size()} processes of a distributed training must take "
                              "the same number of steps: pass exact=True.")
 
+    def _weights(self, s, n):
+        "(k,) weights of what is kept of `n` candidates, for the mean over the kept; a paper's own, or what `rescale` asks for"
+        if s.w is not None: return s.w
+        if self.rescale == 'sum': return torch.full_like(s.p[:1], len(s.idx)/n).expand(len(s.idx))
+        kept = len(s.idx) if self.batching == 'prune' else s.p.sum() # a pruned batch is divided by what it kept; in the stream of full batches that evens out
+        return kept/n/s.p.gather(0, s.idx)
+
+    def _keep(self, batch, s, n):
+        "What is ready to be trained on, after the selection `s` from the `n` rows of `batch`"
+        idx,w = s.idx,self._weights(s, n) if self.weighted else None
+        if self.batching == 'accumulate':
+            if w is None and len(idx) == n == self.buffer.bs and not len(self.buffer): return [(batch,None)] # all of it, and nothing waits: as it is
+            if w is None: return [(b,None) for b in self.buffer.put(batch, idx)]
+            return self.buffer.put((batch, torch.zeros_like(s.p).scatter(0, idx, w)), idx)
+        if len(idx) == 1 < n: # BatchNorm cannot train on a single row: the likeliest other one joins it, without a weight where there are weights
+            idx = torch.cat([idx, s.p.scatter(0, idx, -1.).argmax(0, keepdim=True)])
+            if w is not None: w = torch.cat([2*w, torch.zeros_like(w)])
+        return [(take(batch, idx), w)] if len(idx) else []
+
     def offer(self,
         batch, # Nested tuple/list/dict of tensors, on the model's device
         select:bool=True, # False: train on everything
-    ) -> list: # Batches of the same structure
+        items:Tensor|None=None, # (B,) long: which items of the data set these are, for selectors that need to know
+    ) -> list: # Of (batch of the same structure, weights of its rows or None)
         "Score the candidates in `batch` and select from them. Returns what is ready to be trained on: no batch, one, or several"
-        n = n_rows(batch)
-        select = select and self.selector.keep != 1
-        if not select:
-            if self.batching == 'accumulate' and self.selector.keep != 1: self.buffer.check(batch) # complain now, not when selection begins
-            self.counts['candidates'] += n; self.counts['bp'] += n
+        n,never = n_rows(batch),self.selector.keep == 1
+        if self.batching == 'accumulate' and not never: # complain now, not when selection begins
+            self.buffer.check((batch, torch.empty(n, device=self.device)) if self.weighted else batch)
+        self.whole = never or not select or not self.selector.active
+        if not self.whole and self.interrupt:
+            self._since += 1
+            self.whole = self._since % self.interrupt == 0
+        self.counts['candidates'] += n
+        if self.whole:
+            self.counts['bp'] += n
             self.fractions.append(1.)
-            return [batch]
-        if self.batching == 'accumulate': self.buffer.check(batch)
-        losses = self.score(batch)
+            return [(batch,None)]
+        losses,pred,yb = self._score(batch)
         self.fill(losses)
-        idx,p = self.selector.select(losses, self.history)
-        if self.batching == 'prune':
-            if len(idx) == 1 < n: # BatchNorm cannot train on a single row: the likeliest other one joins it
-                idx = torch.cat([idx, p.scatter(0, idx, -1.).argmax(0, keepdim=True)])
-            ready = [take(batch, idx)] if len(idx) else []
-        elif len(idx) == n == self.buffer.bs and not len(self.buffer): ready = [batch] # all of it, and nothing waits: as it is
-        else: ready = self.buffer.put(batch, idx)
-        self.counts['candidates'] += n; self.counts['fp'] += n; self.counts['bp'] += sum(n_rows(b) for b in ready)
-        self.fractions.append(len(idx)/n)
+        s = self.selector.select(losses, self.history, pred=pred, yb=tuple(yb), loss_func=self.loss_func, items=items)
+        ready = self._keep(batch, s, n)
+        self.counts['fp'] += n; self.counts['bp'] += sum(n_rows(b) for b,_ in ready)
+        self.fractions.append(len(s.idx)/n)
         return ready
 
     def end_epoch(self) -> dict|None: # The epoch's row of the log; None if nothing was offered
@@ -221,7 +272,8 @@ class SelectiveBackprop:
         if not n['candidates']: return None
         mean = lambda a,b: sums[a]/sums[b] if sums.get(b) else float('nan')
         row = dict(epoch=epoch, **n, selected=n['bp']/n['candidates'], candidate_loss=mean('candidate_loss','finite'),
-            trained_loss=mean('trained_loss','n_trained'), scoring_s=secs.get('scoring',0.), training_s=secs.get('training',0.), left=len(self.buffer))
+            trained_loss=mean('trained_loss','n_trained'), scoring_s=secs.get('scoring',0.), training_s=secs.get('training',0.), left=len(self.buffer),
+            top_share=mean('top_held','held'))
         if sums.get('bad') and not any(r.get('bad') for r in self.log):
             warnings.warn(f"{int(sums['bad'])} losses of epoch {epoch} were NaN or infinite. They are not used for percentiles; their examples are trained on.")
         if n['fp'] and not n['bp'] and not len(self.buffer):
@@ -239,11 +291,14 @@ class SelectiveBackprop:
         try:
             for batch in dl:
                 batch = _rebuild(batch, (t.to(device, non_blocking=True) for _,t in _leaves(batch)))
-                for b in self.offer(batch, select):
+                for b,w in self.offer(batch, select):
+                    self.weights = w
                     self.clock.start('training', device)
                     yield b
                     self.clock.stop('training')
-        finally: self.end_epoch()
+        finally:
+            self.weights = None
+            self.end_epoch()
 
     def state_dict(self) -> dict: # Tensors and plain Python values only
         "What `load_state_dict` needs to go on after an epoch as if nothing had been between"

@@ -78,7 +78,8 @@ def test_progress_table_and_log(capsys):
     rows = [eval(o) for o in capsys.readouterr().out.strip().splitlines()]
     assert learn.recorder.metric_names[-2] == "selected"
     assert [r[-2] for r in rows] == learn.sb.log.selected.tolist() and rows[0][-2] == 1.0
-    assert list(learn.sb.log.columns) == ["epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss", "scoring_s", "training_s", "left"]
+    assert list(learn.sb.log.columns) == ["epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss",
+                                             "scoring_s", "training_s", "left", "top_share"]
     assert (learn.sb.log.training_s > 0).all() and (learn.sb.log.scoring_s[1:] > 0).all() and learn.sb.log.scoring_s[0] == 0
 
 

@@ -428,7 +428,7 @@ def test_a_loss_that_cannot_be_split_is_refused_before_the_fit():
     learn = digits_learner(loss_func=mine, cbs=spy).selective_backprop()
     with pytest.raises(TypeError, match="per_item="):
         quiet_fit(learn)
-    assert not getattr(spy, "losses", None)
+    assert not getattr(spy, "batches", None)
     learn.selective_backprop(per_item=lambda p, t: F.cross_entropy(p, t, reduction="none"))
     quiet_fit(learn)
     assert learn.sb.counts["fp"] == 640

@@ -1,0 +1,207 @@
+"The benchmark command: its result file, its faults, its accounts. Nothing here looks at how long anything took."
+import gc
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsb import bench
+
+root = Path(__file__).parent.parent
+PARTS = {"beta", "exact", "batching", "select", "kept", "cycle", "expected", "select_share", "cycle_ratio"}
+
+
+def run(*args, cwd=None):
+    return subprocess.run([sys.executable, "-m", "fastsb.bench", *args], capture_output=True, text=True, cwd=cwd)
+
+
+def check_result(res, bs, names):
+    "A result file has all its parts, its figures are positive, and its ratios follow from its medians"
+    assert res["command"].startswith("python -m fastsb.bench overhead")
+    assert set(res["versions"]) == {"fastsb", "torch", "fastai", "python"} and all(res["versions"].values())
+    assert {"cpu", "cores", "threads", "platform", "load_before", "device"} == set(res["machine"])
+    assert res["date"].count("-") == 2
+    assert (res["config"]["bs"], res["config"]["models"]) == (bs, names)
+    assert [(r["model"], r["precision"]) for r in res["runs"]] == [(n, p) for n in names for p in ("fp32", "bf16")]
+    for r in res["runs"]:
+        assert r["score_share"] == pytest.approx(r["score"]["median"] / r["train"]["median"], abs=1e-3)
+        assert [(v["beta"], v["exact"], v["batching"]) for v in r["variants"]] == [tuple(v.values()) for v in bench.variants]
+        for v in r["variants"]:
+            assert set(v) == PARTS and 0 < v["kept"] <= 1
+            assert v["select_share"] == pytest.approx(v["select"]["median"] / r["train"]["median"], abs=1e-4)
+            assert v["cycle_ratio"] == pytest.approx(v["cycle"]["median"] / v["expected"]["median"], abs=1e-3)
+        for q in [r["train"], r["score"], *(v[k] for v in r["variants"] for k in ("select", "cycle", "expected"))]:
+            lo, hi = q["iqr"]
+            assert 0 < lo <= q["median"] <= hi
+    for r in res["runs"][::2]:
+        m = r["memory"]
+        assert m["batch"] == bs * (3 * 32 * 32 * 4 + 8) and m["allowed"] == 2 * m["batch"] + 64 * 1024
+        assert len(m["variants"]) == len(bench.variants)
+        for v in m["variants"]:
+            assert v["extra"] == v["peak"] - m["plain_peak"] and v["extra_batches"] == pytest.approx(v["extra"] / m["batch"], abs=1e-3)
+
+
+def test_command_writes_a_result(tmp_path):
+    p = run("overhead", "--device", "cpu", "--bs", "4", "--reps", "1", "--threads", "1", "--out", "o.json", cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    assert "select+buffer" in p.stdout and "Wrote o.json" in p.stdout
+    res = json.loads((tmp_path / "o.json").read_text())
+    check_result(res, 4, ["small"])
+    assert res["command"] == "python -m fastsb.bench overhead --device cpu --bs 4 --reps 1 --threads 1 --out o.json"
+    assert res["machine"]["threads"] == 1 and res["config"]["reps"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["o.json"]
+    assert len(bench.overhead_table(res)) == 2 * len(bench.variants) and len(bench.memory_table(res)) == len(bench.variants)
+    ax = bench.plot_overhead(res)
+    run0 = res["runs"][0]
+    ends = [max(b.get_x() + b.get_width() for b in ax.patches if round(b.get_y() + b.get_height() / 2) == i) for i in range(1 + len(bench.variants))]
+    v = run0["variants"][0]
+    assert ends[0] == pytest.approx(run0["train"]["median"])
+    assert ends[1] == pytest.approx(run0["score"]["median"] + v["select"]["median"] + v["kept"] * run0["train"]["median"])
+    with pytest.raises(ValueError, match="no resnet18 in fp32"):
+        bench.plot_overhead(res, model="resnet18")
+
+
+def test_committed_result():
+    text = (root / "nbs" / "results" / "overhead.json").read_text()
+    res = json.loads(text)
+    check_result(res, 128, res["config"]["models"])
+    assert res["config"]["models"][0] == "small" and res["config"]["reps"] >= 10
+    for v in res["runs"][0]["variants"]:
+        assert v["select"]["median"] <= 0.03 * res["runs"][0]["train"]["median"]
+    for r in res["runs"][::2]:
+        assert max(v["extra"] for v in r["memory"]["variants"]) <= r["memory"]["allowed"]
+    assert "/home" not in text and "/tmp" not in text
+
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        ([], "a command is missing; choose from overhead"),
+        (["speed"], "no command 'speed'"),
+        (["overhead", "--fast"], "--fast"),
+        (["overhead", "extra"], "extra"),
+        (["overhead", "--bs", "many"], "'many'"),
+        (["overhead", "--bs", "1"], "bs must be a whole number of at least 2, not 1"),
+        (["overhead", "--reps", "0"], "reps must be a whole number of at least 1, not 0"),
+        (["overhead", "--reps", "1.5"], "'1.5'"),
+        (["overhead", "--threads", "-1"], "threads must be"),
+        (["overhead", "--model", "vgg"], "model must be one of small, resnet18"),
+        (["overhead", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+        (["overhead", "--device", "cuda:99"], "cuda:99"),
+        (["overhead", "--out", "no/such/folder.json"], "no folder 'no/such'"),
+        (["overhead", "--out", "."], "is a folder"),
+    ],
+)
+def test_faults(args, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        bench.main(args)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ""
+    assert says in err and err.startswith("fastsb.bench: ") and err.count("\n") == 1 and err.endswith(".\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fault_from_the_shell(tmp_path):
+    p = run("overhead", "--reps", "none", cwd=tmp_path)
+    assert p.returncode == 2 and p.stdout == "" and p.stderr.count("\n") == 1 and "none" in p.stderr
+
+
+def test_faults_from_python_are_exceptions(tmp_path):
+    with pytest.raises(ValueError, match="reps"):
+        bench.overhead(reps=True, out=tmp_path / "o.json")
+
+
+def test_help(capsys):
+    bench.main(["--help"])
+    assert "overhead" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        bench.main(["overhead", "--help"])
+    assert e.value.code == 0 and "--threads" in capsys.readouterr().out
+
+
+def test_peak_bytes_of_known_work():
+    n = 100_000
+
+    def work():
+        x = torch.ones(n, requires_grad=True)  # 1
+        a = x.exp()  # 2: kept for the backward pass
+        b = a.exp()  # 3
+        b.sum().backward()  # 5 at most: the gradients of b and of a. And a few bytes for the sum and its gradient
+        return x.grad
+
+    assert 5 * n * 4 <= bench.peak_bytes(work) <= 5 * n * 4 + 64
+
+
+def test_peak_bytes_of_random_work():
+    "Allocations and releases in random order, against a count of our own"
+    rng = random.Random(0)
+    peaks = []
+    old = [torch.empty(rng.randrange(1, 5000), dtype=torch.uint8) for _ in range(20)]  # neither they nor their release count
+
+    def work():
+        held, now, peak = [], 0, 0
+        for i in range(300):
+            if held and rng.random() < 0.45:
+                now -= len(held.pop(rng.randrange(len(held))))
+            else:
+                held.append(torch.empty(rng.randrange(1, 5000), dtype=torch.uint8))
+                now += len(held[-1])
+            if i % 10 == 0 and old:
+                old.pop()
+            if held:
+                held[0][:5].view(-1)  # a view holds nothing of its own
+            peak = max(peak, now)
+        left.extend(held)  # outlives the account, and is released where nobody counts
+        peaks.append(peak)
+
+    for _ in range(3):
+        left = []
+        assert bench.peak_bytes(work) == peaks[-1]
+        left.clear()
+
+
+def test_the_peak_is_not_what_remains():
+    def work():
+        for _ in range(3):
+            torch.empty(1_000_000, dtype=torch.uint8)
+        torch.empty(10, dtype=torch.uint8)
+
+    assert bench.peak_bytes(work) == 1_000_000
+
+
+@pytest.mark.parametrize("collect", [True, False], ids=["collected", "with garbage"])
+def test_memory_beyond_a_plain_fit(collect):
+    "At most two batches and 64 KiB; also if Python never collects garbage, so the callback leaves none"
+    bs = 64
+    allowed = 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024
+    plain = bench.fit_peak_bytes(bs=bs, collect=collect)
+    assert plain == bench.fit_peak_bytes(bs=bs, collect=collect) > bs * 3 * 32 * 32 * 4
+    extra = [bench.fit_peak_bytes(bs=bs, collect=collect, **kw) - plain for kw in (dict(seed=2), dict(exact=True, beta=2))]
+    assert max(extra) <= allowed
+    if collect:
+        assert max(extra) > bs * 3 * 32 * 32 * 4  # it does see the batches that are held
+    assert gc.isenabled()
+
+
+def test_memory_account_sees_a_hoarder():
+    "The account would notice a callback that keeps batches"
+    from fastsb.callback import SelectiveBackpropCallback as SB
+
+    bs, hoard, before_batch = 32, [], SB.before_batch
+
+    def keep(self):
+        hoard.append(self.learn.xb[0].clone())
+        before_batch(self)
+
+    plain = bench.fit_peak_bytes(bs=bs)
+    SB.before_batch = keep
+    try:
+        extra = bench.fit_peak_bytes(bs=bs, exact=True) - plain
+    finally:
+        SB.before_batch = before_batch
+    assert len(hoard) == 12 and extra > 10 * bs * 3 * 32 * 32 * 4 > 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024

@@ -1,0 +1,335 @@
+"fastsb.data: arrays, loaders, augmentation and models, against NumPy and torchvision"
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from fastai.data.transforms import IntToFloatTensor, Normalize
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.torch_core import TensorCategory, TensorImage, set_seed
+
+from fastsb.data import ArrayDL, ArrayDS, CropFlip, Cutout, check_arrays, get_model, image_dls, load_arrays, models, wide_resnet
+
+rng = np.random.default_rng(0)
+
+
+def arrays(n=50, m=20, sz=(8, 8, 3), c=4):
+    im = lambda k: rng.integers(0, 256, (k, *sz), dtype=np.uint8)
+    return dict(x_train=im(n), y_train=np.arange(n) % c, x_test=im(m), y_test=np.arange(m) % c)
+
+
+def dls_of(a, **kwargs): return image_dls(*check_arrays(**a), **{'bs': 16, 'device': 'cpu', **kwargs})
+
+
+# ---- load_arrays
+def test_digits():
+    from sklearn.datasets import load_digits
+    d, (x, y, xt, yt) = load_digits(), load_arrays()
+    assert x.dtype == xt.dtype == np.uint8 and y.dtype == yt.dtype == np.int64
+    assert len(x) + len(xt) == 1797 and x.shape[1:] == xt.shape[1:] == (8, 8, 1)
+    # together they are scikit-learn's images, each once, with its label
+    key = lambda x, y: sorted(r.tobytes() + bytes([t]) for r, t in zip(x.reshape(len(x), 64), y))
+    assert key(np.concatenate([x, xt]), np.concatenate([y, yt])) == key(np.round(d.images * 255 / 16).astype(np.uint8), d.target)
+    assert np.allclose(np.bincount(yt)/len(yt), np.bincount(d.target)/1797, atol=0.003)   # as many of each digit
+    assert all(np.array_equal(p, q) for p, q in zip(load_arrays(), (x, y, xt, yt)))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int32, np.int64])
+def test_npz(tmp_path, dtype):
+    a = arrays()
+    a['y_train'] = a['y_train'].astype(dtype)
+    np.savez_compressed(tmp_path/'a.npz', extra=np.zeros(3), **a)
+    got = load_arrays(data=str(tmp_path/'a.npz'))
+    for g, k in zip(got, ('x_train', 'y_train', 'x_test', 'y_test')): assert np.array_equal(g, a[k])
+    assert got[1].dtype == np.int64
+
+
+def test_npz_grey(tmp_path):
+    np.savez(tmp_path/'a.npz', **arrays(sz=(6, 5)))
+    assert load_arrays(data=tmp_path/'a.npz')[0].shape == (50, 6, 5, 1)
+
+
+u8 = np.uint8
+faults = [
+    (dict(x_train=None), ['x_train', 'y_train, x_test, y_test']),
+    (dict(y_test=None, x_test=None), ['no x_test, y_test']),
+    (dict(x_train=np.zeros((50, 8, 8, 3))), ['x_train', 'uint8', 'float64']),
+    (dict(x_test=np.zeros((20, 8, 8, 3), np.int64)), ['x_test', 'uint8', 'int64']),
+    (dict(x_train=np.zeros((50, 64), u8)), ['x_train', '(n,h,w,c)', '(50, 64)']),
+    (dict(x_train=np.zeros((50, 3, 8, 8), u8)), ['x_train', '(n,h,w,c)', '(50, 3, 8, 8)']),
+    (dict(x_train=np.zeros((0, 8, 8, 3), u8), y_train=np.zeros(0, int)), ['x_train', 'empty']),
+    (dict(x_test=np.zeros((0, 8, 8, 3), u8), y_test=np.zeros(0, int)), ['x_test', 'empty']),
+    (dict(x_test=np.zeros((20, 9, 8, 3), u8)), ['x_test', '(8, 8, 3)', '(9, 8, 3)']),
+    (dict(x_test=np.zeros((20, 8, 8), u8)), ['x_test', '(8, 8, 3)', '(8, 8, 1)']),
+    (dict(y_train=np.zeros(49, int)), ['y_train', '(50,)', '(49,)']),
+    (dict(y_test=np.zeros((20, 1), int)), ['y_test', '(20,)', '(20, 1)']),
+    (dict(y_train=np.zeros(50)), ['y_train', 'integer', 'float64']),
+    (dict(y_train=np.full(50, True)), ['y_train', 'integer', 'bool']),
+    (dict(y_test=np.full(20, -1)), ['y_test', '-1']),
+    (dict(y_test=np.array([None]*20)), ['allow_pickle']),
+]
+
+
+@pytest.mark.parametrize('change,words', faults)
+def test_npz_faults(tmp_path, change, words):
+    f = tmp_path/'a.npz'
+    np.savez(f, **{k: v for k, v in {**arrays(), **change}.items() if v is not None})
+    with pytest.raises(ValueError) as e: load_arrays(data=f)
+    for w in (str(f), *words): assert w in str(e.value)
+    assert '\n' not in str(e.value)
+
+
+def test_file_faults(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.npz'): load_arrays(data=tmp_path/'none.npz')
+    with pytest.raises(FileNotFoundError, match='no such file'): load_arrays(data=tmp_path)
+    (tmp_path/'t.npz').write_text('not a zip')
+    with pytest.raises(ValueError, match=r't.npz: not an .npz'): load_arrays(data=tmp_path/'t.npz')
+    np.save(tmp_path/'one.npy', np.zeros(3))
+    with pytest.raises(ValueError, match=r'one.npy: not an .npz'): load_arrays(data=tmp_path/'one.npy')
+    np.savez(tmp_path/'whole.npz', **arrays())
+    raw = bytearray((tmp_path/'whole.npz').read_bytes())
+    raw[300:400] = bytes(100)   # damaged inside: the checksum of an array is wrong
+    (tmp_path/'damaged.npz').write_bytes(raw)
+    with pytest.raises(ValueError, match='damaged.npz'): load_arrays(data=tmp_path/'damaged.npz')
+    with pytest.raises(ValueError, match='digits, cifar10, cifar100, svhn, fashion_mnist.*imagenet'): load_arrays('imagenet')
+
+
+def test_an_npz_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
+    np.savez(tmp_path/'a.npz', **{**arrays(), 'x_train': np.array([Evil()], dtype=object)})
+    with pytest.raises(ValueError, match='allow_pickle'): load_arrays(data=tmp_path/'a.npz')
+    assert not (tmp_path/'ran').exists()
+
+
+# torchvision's own classes read small files that are written here
+def idx_file(path, a):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, a.ndim]) + b''.join(int(n).to_bytes(4, 'big') for n in a.shape) + a.astype(u8).tobytes())
+
+
+def test_fashion_mnist(tmp_path):
+    a = arrays(sz=(28, 28))
+    for part, nm in (('train', 'train'), ('test', 't10k')):
+        idx_file(tmp_path/f'FashionMNIST/raw/{nm}-images-idx3-ubyte', a[f'x_{part}'])
+        idx_file(tmp_path/f'FashionMNIST/raw/{nm}-labels-idx1-ubyte', a[f'y_{part}'])
+    x, y, xt, yt = load_arrays('fashion_mnist', data_dir=tmp_path, download=False)
+    assert np.array_equal(x[..., 0], a['x_train']) and np.array_equal(yt, a['y_test']) and len(xt) == len(yt)
+
+
+def test_svhn(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    monkeypatch.setattr(torchvision.datasets.SVHN, '_check_integrity', lambda self: True)
+    a = arrays(sz=(32, 32, 3), c=10)
+    for part in ('train', 'test'):
+        y = np.where(a[f'y_{part}'] == 0, 10, a[f'y_{part}'])[:, None]   # svhn calls a 0 "10"
+        savemat(tmp_path/f'{part}_32x32.mat', dict(X=a[f'x_{part}'].transpose(1, 2, 3, 0), y=y))
+    for got, k in zip(load_arrays('svhn', data_dir=tmp_path, download=False), ('x_train', 'y_train', 'x_test', 'y_test')): assert np.array_equal(got, a[k])
+
+
+@pytest.mark.parametrize('name,folder,files,key', [
+    ('cifar10', 'cifar-10-batches-py', [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch'], 'labels'),
+    ('cifar100', 'cifar-100-python', ['train', 'test'], 'fine_labels')])
+def test_cifar(tmp_path, monkeypatch, name, folder, files, key):
+    import pickle
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, '_check_integrity', lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, '_load_meta', lambda self: None)
+    a = arrays(n=10*(len(files)-1), m=10, sz=(32, 32, 3), c=10)
+    (tmp_path/folder).mkdir()
+    for i, f in enumerate(files):
+        part, s = ('test', slice(0, 10)) if f.startswith('test') else ('train', slice(10*i, 10*i+10))
+        d = dict(data=a[f'x_{part}'][s].transpose(0, 3, 1, 2).reshape(10, -1))
+        (tmp_path/folder/f).write_bytes(pickle.dumps({**d, key: a[f'y_{part}'][s].tolist()}))
+    for got, k in zip(load_arrays(name, data_dir=tmp_path, download=False), ('x_train', 'y_train', 'x_test', 'y_test')): assert np.array_equal(got, a[k])
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'svhn', 'fashion_mnist'])
+def test_no_network(tmp_path, monkeypatch, name):
+    def no_net(*args, **kwargs): raise urllib.error.URLError('no route\nto host')
+    monkeypatch.setattr('urllib.request.urlopen', no_net)
+    with pytest.raises(FileNotFoundError) as e: load_arrays(name, data_dir=tmp_path/'new/data')
+    assert name in str(e.value) and 'could not be downloaded' in str(e.value) and '\n' not in str(e.value)
+    assert list(tmp_path.iterdir()) == []   # no empty folders are left behind
+    (tmp_path/'old').mkdir()
+    (tmp_path/'old/mine').write_text('keep me')
+    with pytest.raises(FileNotFoundError): load_arrays(name, data_dir=tmp_path/'old')
+    assert (tmp_path/'old/mine').exists()
+
+
+# ---- loaders
+def test_batches_hold_the_images(tmp_path):
+    a = arrays()
+    dls = dls_of(a)
+    x = a['x_train'] / 255
+    want = ((x - x.mean((0, 1, 2))) / x.std((0, 1, 2))).transpose(0, 3, 1, 2)
+    xs, ys = map(torch.cat, zip(*dls.train.new(shuffle=False, drop_last=False)))
+    assert np.allclose(xs, want, atol=1e-5) and np.array_equal(ys, a['y_train'])
+    xt, yt = map(torch.cat, zip(*dls.valid))
+    assert np.allclose(xt, ((a['x_test']/255 - x.mean((0, 1, 2))) / x.std((0, 1, 2))).transpose(0, 3, 1, 2), atol=1e-5) and np.array_equal(yt, a['y_test'])
+    xb, yb = dls.one_batch()
+    assert type(xb) is TensorImage and type(yb) is TensorCategory and xb.dtype == torch.float32
+    assert xb.is_contiguous(memory_format=torch.channels_last) and dls.c == 4
+
+
+def test_shuffle_visits_each_once_and_keeps_pairs():
+    a = arrays(n=50)
+    a['x_train'][:, 0, 0, 0] = np.arange(50)   # each image carries its number
+    a['y_train'] = np.arange(50)
+    dls, c0 = dls_of(a, bs=16), a['x_train'][..., 0]
+    orders = []
+    for _ in range(2):
+        nums, ys = [], []
+        for xb, yb in dls.train:
+            nums += (xb[:, 0, 0, 0]*c0.std() + c0.mean()).round().int().tolist()
+            ys += yb.tolist()
+        assert nums == ys and sorted(ys) == list(range(50))
+        orders.append(ys)
+    assert orders[0] != orders[1] != list(range(50))
+    assert [len(yb) for _, yb in dls.train] == [16, 16, 16, 2] and len(dls.train) == 4
+
+
+def test_same_seed_same_batches():
+    a, runs = arrays(), []
+    for _ in range(2):
+        set_seed(3)
+        runs.append(torch.cat([b[0] for b in dls_of(a, augment=True, cutout=4).train]))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize('n,bs,sizes', [(33, 16, [16, 16]), (34, 16, [16, 16, 2]), (10, 16, [10]), (32, 16, [16, 16])])
+def test_no_training_batch_of_one(n, bs, sizes): assert [len(y) for _, y in dls_of(arrays(n=n), bs=bs).train] == sizes
+
+
+def test_arraydl_as_fastai_dl():
+    ds = ArrayDS(torch.arange(30*4*4*3, dtype=torch.int64).reshape(30, 4, 4, 3).to(torch.uint8), torch.arange(30))
+    dl = ArrayDL(ds, bs=8)
+    assert len(dl) == 4 and len(dl.new(drop_last=True)) == 3 and dl.new(bs=5).bs == 5
+    assert dl.new(get_idxs=lambda: [7, 7, 2]).one_batch()[1].tolist() == [7, 7, 2]
+    x, y = ds[3]
+    assert x.shape == (3, 4, 4) and int(y) == 3
+    assert torch.equal(dl.one_batch()[0][3], x) and dl.one_batch()[0].dtype == torch.uint8
+    assert torch.equal(torch.cat([b[0] for b in dl.new(num_workers=1)]), torch.cat([b[0] for b in dl]))
+
+
+def test_augmentation_is_for_training_only():
+    a = arrays()
+    plain, aug = dls_of(a), dls_of(a, augment=True, cutout=4)
+    assert torch.equal(plain.valid.one_batch()[0], aug.valid.one_batch()[0])
+    assert not torch.equal(plain.train.new(shuffle=False).one_batch()[0], aug.train.new(shuffle=False).one_batch()[0])
+    names = lambda dl: [type(t) for t in dl.after_batch.fs]
+    assert names(aug.train) == [CropFlip, IntToFloatTensor, Normalize, Cutout] and names(aug.valid) == [IntToFloatTensor, Normalize]
+
+
+def test_constant_images_stay_finite():
+    a = arrays()
+    a['x_train'][..., 1] = 77
+    assert dls_of(a).one_batch()[0].isfinite().all()
+
+
+# ---- augmentation
+@pytest.mark.parametrize('h,w,c,pad', [(32, 32, 3, 4), (8, 8, 1, 1), (28, 28, 1, 3), (96, 64, 3, 4), (5, 6, 3, 0)])
+def test_cropflip_is_numpys_pad_and_crop(h, w, c, pad):
+    x = rng.integers(0, 256, (20, c, h, w), dtype=u8)
+    torch.manual_seed(5)
+    got = CropFlip()(TensorImage(torch.from_numpy(x)), split_idx=0)
+    torch.manual_seed(5)
+    dy, dx = torch.randint(-pad, pad+1, (2, 20, 1)).squeeze(-1).tolist()
+    flips = (torch.rand(20, 1) < 0.5).squeeze(1).tolist()
+    for i in range(20):
+        p = np.pad(x[i], ((0, 0), (pad, pad), (pad, pad)), mode='reflect')[:, pad+dy[i]:pad+dy[i]+h, pad+dx[i]:pad+dx[i]+w]
+        assert np.array_equal(got[i], p[..., ::-1] if flips[i] else p)
+    assert any(flips) and not all(flips) and type(got) is TensorImage and got.dtype == torch.uint8
+    if pad: assert len(set(dy)) > 1 and len(set(dx)) > 1   # each image its own shift
+
+
+def test_cropflip_options():
+    x = TensorImage(torch.from_numpy(rng.integers(0, 256, (64, 3, 8, 8), dtype=u8)))
+    assert torch.equal(CropFlip(pad=0, flip=False)(x, split_idx=0), x)
+    assert torch.equal(CropFlip()(x, split_idx=1), x)
+    same = (CropFlip(pad=0)(x, split_idx=0) == x).flatten(1).all(1)
+    assert 10 < same.sum() < 54
+    assert torch.equal(CropFlip(pad=0)(x, split_idx=0)[~same].sum((2, 3)), x[~same].sum((2, 3)))
+
+
+@pytest.mark.parametrize('length', [2, 8, 16, 64])
+def test_cutout_is_the_papers(length):
+    b, h, w = 50, 32, 24
+    torch.manual_seed(5)
+    got = Cutout(length)(TensorImage(torch.ones(b, 3, h, w)), split_idx=0)
+    torch.manual_seed(5)
+    ys, xs = (torch.randint(n, (b, 1)).squeeze(1).tolist() for n in (h, w))
+    for i, (y, x) in enumerate(zip(ys, xs)):   # as in the authors' code
+        mask = np.ones((h, w), np.float32)
+        mask[np.clip(y-length//2, 0, h):np.clip(y+length//2, 0, h), np.clip(x-length//2, 0, w):np.clip(x+length//2, 0, w)] = 0
+        assert np.array_equal(got[i], np.broadcast_to(mask, (3, h, w)))
+    assert len(set(ys)) > 10
+    x = TensorImage(torch.ones(4, 3, 8, 8))
+    assert torch.equal(Cutout(4)(x, split_idx=1), x) and (x == 1).all()   # and the input is not written to
+
+
+# ---- models
+@pytest.mark.parametrize('name', ['small', 'resnet18', 'wrn16_4'])
+@pytest.mark.parametrize('c,sz', [(1, 8), (3, 32), (1, 28)])
+def test_models(name, c, sz):
+    m = get_model(name, c, 7).to(memory_format=torch.channels_last)
+    out = m(torch.randn(4, c, sz, sz).to(memory_format=torch.channels_last))
+    assert out.shape == (4, 7)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+
+
+def test_parameter_counts():
+    n = {nm: sum(p.numel() for p in get_model(nm, 3, 10).parameters()) for nm in models}
+    # torchvision's, less the larger stem and the larger head; and the published ones
+    tv = sum(p.numel() for p in torchvision.models.resnet18().parameters())
+    assert n['resnet18'] == tv - 64*3*(49-9) - (1000-10)*513
+    assert round(n['wrn16_4']/1e6, 1) == 2.7 and round(n['wrn28_10']/1e6, 1) == 36.5 and n['small'] < 0.4e6
+    with pytest.raises(ValueError, match='small, resnet18, wrn16_4, wrn28_10.*vgg'): get_model('vgg', 3, 10)
+    with pytest.raises(ValueError, match='18'): wide_resnet(3, 10, depth=18)
+    assert [m.p for m in get_model('wrn28_10', 3, 10).modules() if isinstance(m, torch.nn.Dropout)] == [0.3]*12
+
+
+def test_wide_resnet_is_preactivation():
+    "A block is x + conv(relu(bn(conv(relu(bn(x)))))): with the last convolution at zero it is the identity"
+    block = wide_resnet(3, 10, depth=16, k=1)[2]
+    torch.nn.init.zeros_(block.convs[-1].weight)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(block(x.clone()), x)
+    assert block(x.clone()).min() < 0   # no ReLU after the sum
+
+
+# ---- in a Learner
+@pytest.fixture(scope='module')
+def learn():
+    set_seed(0)
+    learn = Learner(image_dls(*load_arrays(), bs=64, device='cpu'), get_model('small', 1, 10), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 5e-3)
+    return learn
+
+
+def test_trains_and_predicts(learn):
+    *_, xt, yt = load_arrays()
+    with learn.no_bar():
+        preds, targs = learn.get_preds()
+        _, train_targs = learn.get_preds(ds_idx=0)
+        loss, acc = learn.validate()
+    assert np.array_equal(targs, yt) and np.array_equal(train_targs, load_arrays()[1])
+    assert acc > 0.9 and acc == pytest.approx((preds.argmax(1).numpy() == yt).mean(), abs=1e-6)
+    assert loss == pytest.approx(-np.log(preds.numpy()[np.arange(len(yt)), yt]).mean(), abs=1e-4)
+
+
+def test_export_carries_no_images(learn, tmp_path):
+    learn.path = tmp_path
+    learn.export('e.pkl')
+    other, xb = load_learner(tmp_path/'e.pkl'), learn.dls.valid.one_batch()[0]
+    assert torch.equal(other.model.eval()(xb), learn.model.eval()(xb)) and len(other.dls.train_ds) == 0
+
+
+def test_show_batch(learn):
+    import matplotlib.pyplot as plt
+    learn.dls.show_batch(max_n=4)
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    assert all(t in '0123456789' for t in titles) and len(titles) == 4
+    plt.close('all')
