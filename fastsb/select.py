@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Selection', 'bernoulli', 'inclusion', 'systematic', 'Selector', 'Percentile', 'Random', 'Hybrid', 'Absolute',
-           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss']
+           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss', 'InfoBatch', 'OrderedPool']
 
 # %% ../nbs/02_select.ipynb #306164c5
 import math
@@ -74,6 +74,7 @@ class Selector:
     exact = False # draw a fixed number?
     keep = None   # expected kept fraction, where it is known beforehand
     sure = False  # are all probabilities 0 or 1, so that nothing is drawn?
+    global_ = False # must it see all candidates at once, beyond their percentiles? (Or can it choose from a data set piece by piece?)
     weighted = False # does `select` give weights of its own?
     needs_items = False # does it need to know which items of the data set the candidates are?
     active = True # is it time to select, as far as the selector is concerned?
@@ -251,7 +252,7 @@ def _ranks(x):
 
 class TopK(Selector):
     "Exactly the round(keep*B) candidates with the highest losses, at least one (online hard example mining; Kawaguchi & Lu 2020, arXiv 1907.04371)"
-    sure = exact = True
+    sure = exact = global_ = True
     lowest = False
     def __init__(self,
         keep:float=.5, # Fraction of the candidates to keep
@@ -282,7 +283,7 @@ class LowK(TopK):
 # %% ../nbs/02_select.ipynb #200c7f5e
 class LossShare(Selector):
     "BatchLossFilter: the highest losses that together hold a share of the batch's loss (fastai forum, 2019; later in tsai). Losses below 0 count as 0"
-    sure = True
+    sure = global_ = True
     def __init__(self,
         min_loss_perc:float=.9, # Share of the batch's loss that is kept at least; or a fastai schedule, a callable of progress in [0,1]; 1 keeps all
         min_samples_perc:float|None=None, # Fraction of the examples to keep at least
@@ -431,3 +432,58 @@ class ReducibleLoss(TopK):
         if items is None: raise ValueError("ReducibleLoss() must be told which items the candidates are: offer(batch, items=...).")
         if self.irreducible.device != losses.device: self.irreducible = self.irreducible.to(losses.device)
         return losses - self.irreducible[items]
+
+# %% ../nbs/02_select.ipynb #3fabd923
+class InfoBatch(Selector):
+    """InfoBatch (Qin et al. 2024, arXiv 2303.04947): of the candidates whose loss is below the mean a random (1-r), weighted by 1/(1-r) so that the expected
+    gradient stays that of all; every other one with weight 1"""
+    weighted = global_ = True
+    def __init__(self,
+        r:float=.5, # Fraction of the candidates below the mean that is left out
+        seed:int|None=None, # Seed of the draws
+    ):
+        _check_number('r', r, high=1.)
+        if r == 1: raise ValueError(f"r={r!r} must be below 1: what is kept is weighted by 1/(1-r).")
+        super().__init__(False, seed)
+        self.r = float(r)
+        if not r: self.keep = 1.
+
+    def probs(self, losses, history=None, **context):
+        "1-r below the mean of the finite losses, 1 elsewhere"
+        finite = losses.isfinite()
+        mean = _double(torch.where(finite, losses, 0.)).sum()/finite.sum().clamp(min=1)
+        return torch.where(finite & (_double(losses) < mean), 1-self.r, 1.)
+
+    def select(self, losses, history=None, u=None, **context):
+        "Exactly int((1-r)*n) of the `n` candidates below the mean, at random without replacement, and all others"
+        losses = losses.detach().as_subclass(Tensor).float()
+        p = self.probs(losses, history, **context)
+        low,u = p < 1,self.uniform(len(losses), losses.device) if u is None else u
+        k = (_double(low.sum())*(1-self.r) + 1e-9).floor() # 1e-9: 10*(1-.9) is not quite 1
+        idx = (~low | (_ranks(torch.where(low, 1-u, -1.)) < k)).nonzero().squeeze(1)
+        return Selection(idx, p, 1/p.gather(0, idx))
+
+    def __repr__(self): return f"InfoBatch(r={self.r:g})"
+
+class OrderedPool(TopK):
+    "A random pool of the candidates, and of it those with the highest losses: hard ones, but not the same ones in every epoch"
+    global_ = True
+    def __init__(self,
+        pool:float=.75, # Fraction of the candidates that is drawn into the pool
+        keep:float=.5, # Fraction of the candidates that is kept of it, at most `pool`
+        seed:int|None=None, # Seed of the draws
+    ):
+        _check_number('pool', pool, high=1.)
+        super().__init__(keep)
+        if keep > pool: raise ValueError(f"keep={keep!r} must be at most pool={pool!r}: both are fractions of the candidates.")
+        self.pool,self.seed = float(pool),seed
+
+    def select(self, losses, history=None, u=None, **context):
+        "The highest round(keep*B) of a random round(pool*B); those that are not finite before all others"
+        u = self.uniform(len(losses), losses.device) if u is None else u
+        n = max(math.floor(self.pool*len(losses) + .5), self.count(len(losses)))
+        losses = losses.detach().as_subclass(Tensor).float()
+        pooled = torch.where(_ranks(-u) < n, losses, losses.clamp(max=-3e38)) # the lowest there are, but what is not finite stays so
+        return super().select(pooled, history, **context)
+
+    def __repr__(self): return f"OrderedPool(pool={self.pool:g}, keep={self.keep:g})"

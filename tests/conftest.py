@@ -2,8 +2,8 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,7 @@ import sys
 import torch
 import torch.distributed as dist
 from common import Spy, digits_learner, weights
-from fastai.distributed import DistributedDL  # noqa: F401  (patches Learner)
+from fastai.distributed import DistributedDL
 
 torch.set_num_threads(1)
 

@@ -319,9 +319,9 @@ def test_tabular():
     from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 
     x, y = digits(400)
-    df = pd.DataFrame(x[:, :20].numpy(), columns=[f"p{i}" for i in range(20)]).assign(kind=(y % 3).astype(str) if hasattr(y, "astype") else [str(int(i) % 3) for i in y],
-                                                                                        label=[f"d{int(i)}" for i in y])
-    dls = TabularDataLoaders.from_df(df, y_names="label", cat_names=["kind"], cont_names=[f"p{i}" for i in range(20)], procs=[Categorify, Normalize], bs=32, device="cpu")
+    cont = [f"p{i}" for i in range(20)]
+    df = pd.DataFrame(x[:, :20].numpy(), columns=cont).assign(kind=[str(int(i) % 3) for i in y], label=[f"d{int(i)}" for i in y])
+    dls = TabularDataLoaders.from_df(df, y_names="label", cat_names=["kind"], cont_names=cont, procs=[Categorify, Normalize], bs=32, device="cpu")
     learn = tabular_learner(dls, layers=[40]).selective_backprop(beta=2)
     quiet_fit(learn, 4)
     assert learn.sb.log.selected[1:].between(0.1, 0.6).all()

@@ -1,6 +1,7 @@
 "What always holds, in the order of the design: each test fails when its invariant is broken on purpose."
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ class Rude(nn.Module):
         self.net, self.fail = digits_model(), fail
 
     def forward(self, x):
-        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+        random.random(), np.random.rand(), torch.rand(1)
         x = self.net(x)
         if self.fail:
             raise RuntimeError("half-way")
@@ -389,16 +390,17 @@ def test_no_loop_over_examples():
 def test_the_callback_does_not_wait(exact, allowed):
     learn = digits_learner().selective_backprop(exact=exact)
     cb, seen = learn.sb, []
+
+    def counted(f, event):
+        with Counter() as c:
+            try:
+                f()
+            finally:
+                seen.append((learn.epoch, event, c.waiting))
+
     for event in ("before_batch", "after_loss", "after_batch"):
 
-        def counted(f=getattr(cb, event), event=event):
-            with Counter() as c:
-                try:
-                    f()
-                finally:
-                    seen.append((learn.epoch, event, c.waiting))
-
-        object.__setattr__(cb, event, counted)
+        object.__setattr__(cb, event, partial(counted, getattr(cb, event), event))
     quiet_fit(learn, 3)
     assert len(seen) > 150
     assert all(len(w) <= (allowed if event == "before_batch" and epoch else 0) for epoch, event, w in seen), seen

@@ -10,7 +10,8 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLoss
 from torch import nn
 
 from fastsb.all import *
-from fastsb.select import Absolute, Capped, GradNorm, Hybrid, LossShare, LowK, Random, ReducibleLoss, Threshold, TopK, inclusion, systematic
+from fastsb.select import (Absolute, Capped, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Random, ReducibleLoss, Threshold, TopK, inclusion,
+                           systematic)
 
 devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 rng = np.random.default_rng(0)
@@ -282,8 +283,48 @@ def test_reducible_loss_by_hand():
         ReducibleLoss(irr).select(losses)
 
 
+@on
+@names
+def test_infobatch(name, device):
+    l = inputs[name].astype(np.float32)
+    ok = ~bad(l)
+    low = ok & (l.astype(np.float64) < (l[ok].astype(np.float64).mean() if ok.any() else 0))
+    for r in (0.3, 0.5, 0.9):
+        u = torch.rand(len(l), generator=torch.Generator().manual_seed(2))
+        s = InfoBatch(r).select(losses_of(name, device), u=u.to(device))
+        order = [i for i in np.argsort(u.numpy(), kind="stable") if low[i]]
+        want = sorted(set(np.flatnonzero(~low)) | set(order[: int(len(order) * (1 - r) + 1e-9)]))
+        assert s.idx.tolist() == want
+        np.testing.assert_allclose(s.w.cpu(), np.where(low, 1 / (1 - r), 1.0)[want], rtol=1e-6)
+
+
+def test_infobatch_is_unbiased():
+    losses = losses_of("random")
+    sel, n = InfoBatch(0.6, seed=0), 3000
+    est = torch.stack([(s.w * losses[s.idx]).sum() / len(losses) for _ in range(n) for s in [sel.select(losses)]])
+    bias = (int(0.4 * (losses < losses.mean()).sum()) / 0.4 - int((losses < losses.mean()).sum())) / len(losses)  # int() takes a little less than 1-r
+    low = losses[losses < losses.mean()].mean()
+    assert abs(est.mean() - losses.mean() - bias * low) < 4 * est.std() / n**0.5
+
+
+@on
+@names
+def test_ordered_pool(name, device):
+    l = inputs[name].astype(np.float32)
+    n, u = len(l), torch.rand(len(l), generator=torch.Generator().manual_seed(3))
+    s = OrderedPool(0.75, 0.4).select(losses_of(name, device), u=u.to(device))
+    k = max(1, math.floor(0.4 * n + 0.5))
+    pool = set(np.argsort(u.numpy(), kind="stable")[: max(math.floor(0.75 * n + 0.5), k)])
+    free = [i for i in range(n) if i in pool and not bad(l)[i]]
+    want = (list(np.flatnonzero(bad(l))) + sorted(free, key=lambda i: -l[i]))[:k]
+    assert len(s.idx) == k and set(s.idx.tolist()) == set(want)
+    with pytest.raises(ValueError, match="keep=0.8 must be at most pool=0.5"):
+        OrderedPool(0.5, 0.8)
+
+
 # choosing in a fit -----------------------------------------------------------------------------------------------------
-family = [Random(0.5), Hybrid(1), Absolute(), Threshold(0.5), TopK(0.5), LowK(0.5), LossShare(0.9), Capped(Percentile(1)), GradNorm(2, tau=0), Percentile(1, exact=True)]
+family = [Random(0.5), Hybrid(1), Absolute(), Threshold(0.5), TopK(0.5), LowK(0.5), LossShare(0.9), Capped(Percentile(1)), GradNorm(2, tau=0),
+          Percentile(1, exact=True), InfoBatch(), OrderedPool()]
 
 
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
@@ -432,6 +473,7 @@ def test_batch_loss_filter_schedule_and_accumulate():
     (lambda: TopK(0), "keep=0"), (lambda: TopK(1.5), "keep=1.5"), (lambda: Random("x"), "keep='x'"), (lambda: Hybrid(1, 2), "mix=2"),
     (lambda: Threshold(None), "loss=None"), (lambda: LossShare(-0.1), "min_loss_perc=-0.1"), (lambda: LossShare(0.9, 3), "min_samples_perc=3"),
     (lambda: Capped(Percentile(), 0), "max_percentile=0"), (lambda: Capped("sb"), "selector='sb'"), (lambda: Capped(GradNorm()), "without weights"),
+    (lambda: InfoBatch(1), "r=1"), (lambda: InfoBatch(-1), "r=-1"), (lambda: OrderedPool(2), "pool=2"),
     (lambda: GradNorm(1), "presample=1"), (lambda: GradNorm(3, tau=-1), "tau=-1"), (lambda: ReducibleLoss(torch.tensor([])), "irreducible"),
     (lambda: ReducibleLoss(torch.tensor([float("nan")])), "irreducible"),
 ], ids=lambda o: o if isinstance(o, str) else "")
