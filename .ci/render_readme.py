@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -11,13 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def render() -> dict[Path, bytes]:
     "The files that `nbs/index.ipynb` stands for: {path: content}"
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
-    nb.cells = [c for c in nb.cells if not re.search(r"^#\| *hide", c.source, re.M)]
+    nb.cells = [c for c in nb.cells if not re.search(r"^#\| *hide$", c.source, re.M)]
     for c in nb.cells:
+        if re.search(r"^#\| *echo: *false", c.source, re.M):
+            c.metadata["tags"] = ["no-input"]
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
-    res = {"unique_key": "index", "output_files_dir": "nbs/images"}
-    text, res = MarkdownExporter().from_notebook_node(nb, resources=res)
+    exporter = MarkdownExporter()
+    exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"no-input"}), enabled=True)
+    text, res = exporter.from_notebook_node(nb, resources={"unique_key": "index", "output_files_dir": "nbs/images"})
+    text = text.replace("![png]", "![The selected fraction over a fit]")
     text = re.sub(r"\]\((images|results)/", r"](nbs/\1/", text)  # paths are relative to nbs/ in the notebook
     text = re.sub(r"\]\(([\w.-]+\.ipynb)", r"](nbs/\1", text)
+    text = text.replace("](../", "](")
     text = "\n".join(l.rstrip() for l in text.strip().splitlines()) + "\n"
     return {ROOT / "README.md": text.encode(), **{ROOT / k: v for k, v in res["outputs"].items()}}
 

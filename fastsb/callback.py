@@ -13,9 +13,10 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.rnn import RNNCallback
 from fastai.callback.schedule import ParamScheduler
+from fastai.imports import noop # the one that `no_logging` sets
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import find_bs, to_float
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 

@@ -177,7 +177,7 @@ def test_the_peak_is_not_what_remains():
 @pytest.mark.parametrize("collect", [True, False], ids=["collected", "with garbage"])
 def test_memory_beyond_a_plain_fit(collect):
     "At most two batches and 64 KiB; also if Python never collects garbage, so the callback leaves none"
-    bs = 64
+    bs = 32
     allowed = 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024
     plain = bench.fit_peak_bytes(bs=bs, collect=collect)
     assert plain == bench.fit_peak_bytes(bs=bs, collect=collect) > bs * 3 * 32 * 32 * 4
