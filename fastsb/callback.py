@@ -10,7 +10,9 @@ from contextlib import nullcontext
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+                                  CancelTrainException, CancelValidException)
+from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop # the one that `no_logging` sets
@@ -20,22 +22,27 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
+from .cache import ItemTracker, LossCache, choose, shortened
 from .engine import SelectiveBackprop, _settings
 from .history import LossHistory
 from .losses import per_item_loss, unreduced
-from .select import LossShare, Selector, _check_number
+from .select import InfoBatch, LossShare, Selector, TopK, _check_number
 
 # %% ../nbs/10_callback.ipynb #72a2facd
 # Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the highest fifth of them would hold
 # 52 % of the loss and the highest half 85 %, just above that price: where the highest fifth holds less than a half, even the best half is hardly worth it.
 can_pay = .5
 
+_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+            CancelValidException)
+
 # %% ../nbs/10_callback.ipynb #f4aa345e
 class SelectiveBackpropCallback(Callback):
     "Trains on the examples that still teach the model something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762). It is `learn.sb`"
     order,run_valid,name = -5,False,'sb' # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
-    _stateattrs = ('engine','_metric','_steps','_at') # not exported
-    engine = _metric = _learn = None
+    _stateattrs = ('engine','cache','_tracker','_short','_metric','_steps','_at','_w','_row_items') # not exported
+    engine = cache = _tracker = _short = _metric = _learn = None
+    _plan = 'now'
     _said = False
     def __init__(self,
         beta:float=1., # Selectivity: p = percentile**beta. 0 keeps everything, 1 half of the examples, 2 a third
@@ -49,6 +56,11 @@ class SelectiveBackpropCallback(Callback):
         rescale:str='mean', # How kept losses are averaged: 'mean'; 'sum' over the kept / candidates; 'inverse' to their probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
+        score:str='model', # Where scores come from: 'model' (a forward pass), 'cached' (losses that training left behind), 'two_stage' (these, then that)
+        stale:int=1, # With score='model': score every `stale` epochs only; in between the remembered scores decide which items are loaded at all
+        momentum:float=.5, # Of the remembered losses' moving average; 0: the last one
+        max_age:int=5, # Items that were not trained on for so many epochs come back
+        pool:float=.75, # With score='two_stage': share of the items, those with the highest remembered losses, that is loaded and scored
     ):
         for name,v in (('start',start),('end',end)):
             _check_number(name, v, high=1. if isinstance(v, float) else float('inf'), why=' (an int is epochs, a float a fraction of the fit)')
@@ -57,6 +69,20 @@ class SelectiveBackpropCallback(Callback):
         if type(start) is type(end) and end <= start: raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
         self.selector,self.history = _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item),LossHistory(history).size
         self.start,self.end,self.batching,self.rescale,self.interrupt,self.per_item = start,end,batching,rescale,interrupt,per_item
+        if score not in ('model','cached','two_stage'): raise ValueError(f"score={score!r} must be 'model', 'cached' or 'two_stage'.")
+        for name,v in (('stale',stale),('max_age',max_age)):
+            if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{name}={v!r} must be an int of at least 1: a number of epochs.")
+        if stale > 1 and score != 'model':
+            raise ValueError(f"stale={stale} is for score='model'; with score={score!r} remembered losses decide in every epoch.")
+        _check_number('momentum', momentum, high=1.); _check_number('pool', pool, high=1.)
+        self.score,self.stale,self.momentum,self.max_age,self.pool = score,stale,momentum,max_age,pool
+        if self.caches and self.selector.needs_pred:
+            raise ValueError(f"{self.selector} needs predictions, and remembered losses come without: use score='model' and stale=1.")
+
+    @property
+    def caches(self) -> bool:
+        "Are losses remembered from epoch to epoch?"
+        return (self.score != 'model' or self.stale > 1) and self.selector.keep != 1
 
     def __repr__(self): return f"{type(self).__name__}({self.selector}, start={self.start}, end={self.end}, batching={self.batching!r})"
 
@@ -64,7 +90,7 @@ class SelectiveBackpropCallback(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is None: self._remove_column()
+        if learn is None and self._learn is not None: self._restore()
         self._learn = learn
 
     # before the fit: is it one of ours, and can it work?
@@ -77,8 +103,9 @@ class SelectiveBackpropCallback(Callback):
         if len(two := self.learn.cbs.filter(lambda cb: isinstance(cb, SelectiveBackpropCallback))) > 1:
             raise ValueError(f"Only one callback can select, but the learner has two SelectiveBackpropCallbacks ({' and '.join(map(repr, two))}): "
                              "remove one with learn.remove_cb.")
-        if self.selector.needs_items and not hasattr(dl, 'get_idxs'):
-            raise ValueError(f"{self.selector} must know which items of the data set a batch holds, and only fastai's DataLoaders tell.")
+        if self.caches and (mix := self.learn.cbs.filter(lambda cb: isinstance(cb, MixHandler))):
+            raise ValueError(f"{type(mix[0]).__name__} trains on mixtures, whose losses are of no single item and cannot be remembered: "
+                             "use score='model' and stale=1.")
         if bs is None: raise ValueError("The training DataLoader has neither `bs` nor `batch_size`, so it is not known what a full batch is.")
         if any(c.__name__ == 'LMDataLoader' for c in type(dl).__mro__):
             raise ValueError("The batches of an LMDataLoader continue each other row by row, and leaving rows out would break the text: "
@@ -88,17 +115,33 @@ class SelectiveBackpropCallback(Callback):
         self.engine.check_ranks()
         if self.selector.keep != 1 and self.per_item is None:
             with unreduced(self._lf): pass # raises for a loss that cannot be split
-        self._steps,self._at = [],[]
-        self._remove_column()
+        self._restore() # should a fit before this one have ended in an exception before its first epoch
+        self._steps,self._at,self._plan,self._since,self.cache = [],[],'now',0,None
+        if self.caches or self.selector.needs_items: self._tracker = ItemTracker(dl).start() # complains about loaders whose items are not known
+        if self.caches: self.cache = LossCache(len(dl.dataset), self.momentum, device=self.engine.device)
         self._metric = ValueMetric(self._selected, 'selected')
         self.learn.metrics = self.learn.metrics + L(self._metric)
+        self._restore_on_error()
 
     def _selected(self): return self.engine.log[-1]['selected'] if self.engine.log else None
 
-    def _remove_column(self):
-        if self._metric is None or self.learn is None: return
-        self.learn.metrics = L(m for m in self.learn.metrics if m is not self._metric)
-        self._metric = None
+    def _restore(self):
+        "Take everything off the learner again that a fit has put there"
+        for altered in (self._short, self._tracker):
+            if altered is not None: altered.stop()
+        if self._metric is not None: self.learn.metrics = L(m for m in self.learn.metrics if m is not self._metric)
+        vars(self.learn).pop('_with_events', None)
+        self._tracker = self._short = self._metric = None
+
+    def _restore_on_error(self):
+        "See to it that an exception or Ctrl-C, after which there is no `after_fit`, leaves the learner as it was"
+        with_events = self.learn._with_events
+        def guarded(f, event_type, ex, final=noop):
+            try: return with_events(f, event_type, ex, final)
+            except BaseException as e:
+                if not isinstance(e, _cancels) and self.learn is not None: self._restore()
+                raise
+        self.learn._with_events = guarded
 
     # during the fit
     def _forward(self, model, batch):
@@ -106,54 +149,90 @@ class SelectiveBackpropCallback(Callback):
         pred = model(*batch[:self._n_inp])
         if self.learn.cbs.filter(lambda cb: isinstance(cb, RNNCallback)):
             pred = pred[0][-1] if isinstance(pred[0], (list,tuple)) else pred[0] # as its `after_pred` does
-        return pred,batch[self._n_inp:]
+        return pred,batch[self._n_inp:self._n_inp+self._n_targ]
 
     def selecting(self) -> bool:
         "Is it time to select, by `start` and `end`?"
         now = lambda t: self.epoch if isinstance(t, int) else self.pct_train+1e-9
         return now(self.start) >= self.start and now(self.end) < self.end
 
-    def before_train(self): self.engine.epoch = self.learn.epoch
+    def before_train(self):
+        "Decide, where losses are remembered, which items this epoch loads"
+        e = self.engine
+        e.epoch = self.learn.epoch
+        if self.cache is not None: self._plan = self._choose_items(e)
+        e.clock.start('loading', torch.device('cpu'))
 
-    def _items(self):
-        "Indices of the candidates in the data set: the loader's own order, which is that of its batches"
-        at = self.iter*self.learn.dl.bs
-        idxs,n = self.learn.dl._DataLoader__idxs[at:at+self.learn.dl.bs],find_bs(self.yb)
-        if len(idxs) != n: raise ValueError(f"A batch of {n} examples where {len(idxs)} were asked for: items were skipped, so it is not known which they are.")
-        return torch.as_tensor(idxs, dtype=torch.long).to(self.yb[0].device, non_blocking=True)
+    def _choose_items(self, e):
+        "Plan of the epoch: 'whole', 'score' what is loaded, or train on all of the 'sample' that is loaded"
+        if not self.selecting(): return 'whole'
+        self._since += 1
+        if self.score == 'model' and (self._since-1) % self.stale == 0: return 'score'
+        dl,n = self.dls.train,len(self.cache)
+        rows = lambda: dl.n//dl.bs*dl.bs if dl.drop_last else dl.n
+        selector,offered = TopK(self.pool) if self.score == 'two_stage' else self.selector,rows()
+        chosen,p,w = choose(self.cache, selector, self.epoch, max_age=self.max_age)
+        if w is None and self.rescale != 'mean' and self.score != 'two_stage':
+            w = torch.full((len(chosen),), len(chosen)/n) if self.rescale == 'sum' else len(chosen)/n/p
+        self._w = None if w is None else torch.ones(n).scatter(0, chosen, w).to(e.device) # by item
+        self._short = shortened(dl, chosen).start()
+        e.skip(offered-rows(), self.cache.ages(None, self.epoch).nanmean().nan_to_num(0.).item())
+        self._loaded_share = len(chosen)/n
+        return 'score' if self.score == 'two_stage' else 'sample'
 
     def before_batch(self):
         "Score the candidates, choose, and put what is ready in their place; cancel the batch if nothing is"
+        e = self.engine
+        e.clock.stop('loading')
         if not len(self.yb): raise ValueError("The training batches have no targets, so their examples have no losses to select by.")
-        if self.engine.weighted and self.learn.loss_func is not self._lf:
-            raise ValueError("Weights (rescale, GradNorm) need the loss of each example, and MixUp and CutMix mix them: use rescale='mean'.")
-        self._n_inp = len(self.xb)
-        self.engine.autocast = next((a for cb in self.learn.cbs if isinstance(a := vars(cb).get('autocast'), torch.autocast)), None)
+        if e.weighted and self.learn.loss_func is not self._lf:
+            raise ValueError("Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and MixUp and CutMix mix them: use rescale='mean'.")
+        self._n_inp,self._n_targ = len(self.xb),len(self.yb)
+        e.autocast = next((a for cb in self.learn.cbs if isinstance(a := vars(cb).get('autocast'), torch.autocast)), None)
         self._at.append(self.epoch + self.iter/self.n_iter)
         self.selector.at(self.pct_train)
-        ready = self.engine.offer((*self.xb, *self.yb), self.selecting(), items=self._items() if self.selector.needs_items else None)
+        items = None if self._tracker is None else self._tracker.items.to(self.yb[0].device, non_blocking=True)
+        batch = (*self.xb, *self.yb) if self.cache is None else (*self.xb, *self.yb, items) # where losses are remembered, each row says whose it is
+        ready = e.offer(batch, self.selecting() if self._plan == 'now' else self._plan == 'score', items=items)
+        if self.cache is not None:
+            if not e.whole: self.cache.update(items, e.scores, self.epoch, trained=False)
+            if self._plan != 'whole' and e._skipped: e.fractions[-1] *= self._loaded_share
         if not ready:
             self.learn.yb = () # so that Recorder passes over it
             raise CancelBatchException()
-        b,self.engine.weights = ready[0]
-        self.learn.xb,self.learn.yb = b[:self._n_inp],b[self._n_inp:]
-        self.engine.clock.start('training', self.engine.device)
+        b,e.weights = ready[0]
+        self.learn.xb,self.learn.yb = b[:self._n_inp],b[self._n_inp:self._n_inp+self._n_targ]
+        if self.cache is not None: self._row_items = b[-1]
+        if self._plan == 'sample' and self._w is not None: e.weights = self._w[self._row_items]
+        e.clock.start('training', e.device)
 
     def after_loss(self):
-        "Weigh the loss, if there are weights. Note the losses that training has produced: while everything is trained they are those of the candidates"
+        "Weigh the loss, if there are weights. Remember the losses that training has produced: while everything is trained they are those of the candidates"
         e,loss = self.engine,self.learn.loss
         if e.weights is not None:
             losses = per_item_loss(self._lf, self.pred, *self.yb, per_item=self.per_item)
             loss,self.learn.loss_grad = losses.mean(),(losses*e.weights).mean()
             self.learn.loss = self.learn.loss_grad.clone()
         e.trained(loss, find_bs(self.yb))
-        if e.whole and self.selector.keep != 1: e.observe(self.pred, *self.yb, fill=self.learn.loss_func is self._lf) # MixUp changes that
+        if (e.whole or self.cache is not None) and self.selector.keep != 1:
+            fill = e.whole and self._plan != 'sample' and self.learn.loss_func is self._lf # MixUp changes that
+            losses = e.observe(self.pred, *self.yb, fill=fill)
+            if self.cache is not None: self.cache.update(self._row_items, losses, self.epoch)
 
     def after_batch(self):
         self.engine.clock.stop('training')
         self._steps.append(len(self.yb) > 0)
+        self.engine.clock.start('loading', torch.device('cpu'))
 
-    def after_train(self): self.engine.end_epoch()
+    def after_train(self):
+        "End the epoch's record; where only some items were loaded, `candidate_loss` is the mean of what is remembered of all"
+        if self._plan == 'sample':
+            losses = self.cache.losses()
+            known = losses.isfinite()
+            self.engine._add('candidate_loss', torch.where(known, losses, 0.).sum()); self.engine._add('finite', known.sum())
+        if self._short is not None: self._short.stop()
+        self.engine.end_epoch()
+
     def after_epoch(self): self.engine.end_epoch() # if the training part was cancelled by an exception that skips `after_train`
 
     def after_fit(self):
@@ -162,7 +241,7 @@ class SelectiveBackpropCallback(Callback):
         self.engine.buffer.clear()
         for cb in self.learn.cbs:
             if isinstance(cb, ParamScheduler): cb.hps = {p: [v for v,stepped in zip(vs, self._steps) if stepped] for p,vs in cb.hps.items()}
-        self._remove_column()
+        self._restore()
         self._say_if_it_cannot_pay()
 
     def _say_if_it_cannot_pay(self):
@@ -182,8 +261,8 @@ class SelectiveBackpropCallback(Callback):
     def log(self) -> pd.DataFrame:
         """The last fit, a row an epoch: epoch, candidates, fp, bp, selected (bp/candidates), candidate_loss (mean over all candidates), trained_loss (mean over
         what was trained), scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that the highest fifth of each
-        batch of candidates holds)"""
-        cols = 'epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share'.split()
+        batch of candidates holds), loads (items loaded), score_age (mean age of the scores used, in epochs), loading_s (seconds waiting for batches)"""
+        cols = 'epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads score_age loading_s'.split()
         return pd.DataFrame(self.engine.log if self.engine else [], columns=cols)
 
 # %% ../nbs/10_callback.ipynb #9cb9c110
@@ -214,6 +293,17 @@ def batch_loss_filter(self:Learner, **kwargs) -> Learner:
     "Train with BatchLossFilter from now on. Calling it again replaces the settings; `learn.remove_cb(BatchLossFilterCallback)` ends it"
     cb = BatchLossFilterCallback(**kwargs)
     return self.remove_cb(SelectiveBackpropCallback).add_cb(cb)
+
+# %% ../nbs/10_callback.ipynb #4dafc744
+@patch
+def infobatch(self:Learner,
+    r:float=.5, # Share of the items with a loss below the mean that is left out of an epoch
+    delta:float=.875, # Fraction of the fit after which everything is trained on
+    seed:int|None=None, # Seed of the draws; None: derived from torch's seed
+    per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
+) -> Learner:
+    "Train with InfoBatch (Qin et al. 2024, arXiv 2303.04947) from now on: remembered losses choose by `InfoBatch(r)` until `delta`. It is `learn.sb`"
+    return self.selective_backprop(selector=InfoBatch(r, seed), score='cached', momentum=0., end=delta, per_item=per_item)
 
 # %% ../nbs/10_callback.ipynb #07ca22f0
 def irreducible_losses(

@@ -168,7 +168,8 @@ def image_dls(
     augment:bool=False, # Shift (and `flip`) training images at random?
     flip:bool=True, # With `augment`: flip half of them left to right? Not for digits
     cutout:int=0, # Side in pixels of a square to cut out of each training image; 0 for none
-    device=None # Device of the arrays and batches (default: fastai's `default_device()`)
+    device=None, # Device of the arrays and batches (default: fastai's `default_device()`)
+    num_workers:int=0 # Processes that make training batches; transforms of whole batches run in the main process all the same
 ) -> DataLoaders: # With `dls.c` classes
     "`DataLoaders` over arrays: normalized `TensorImage` (b,c,h,w) and `TensorCategory` (b,)"
     dev,stats = default_device() if device is None else torch.device(device), _stats(x_train)
@@ -177,7 +178,8 @@ def image_dls(
         ds = ArrayDS(torch.from_numpy(np.ascontiguousarray(x)).to(dev), torch.from_numpy(y).to(dev), i)
         return ArrayDL(ds, bs=bs, after_batch=[IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), *tfms], **kwargs)
     # a last batch of one image would have no variance for BatchNorm
-    dls = DataLoaders(dl(x_train, y_train, 0, aug, shuffle=True, drop_last=len(x_train)>bs and len(x_train)%bs==1), dl(x_test, y_test, 1, []), device=dev)
+    dls = DataLoaders(dl(x_train, y_train, 0, aug, shuffle=True, drop_last=len(x_train)>bs and len(x_train)%bs==1, num_workers=num_workers),
+                      dl(x_test, y_test, 1, []), device=dev)
     dls.c = int(max(y_train.max(), y_test.max()))+1
     return dls
 

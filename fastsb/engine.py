@@ -154,7 +154,7 @@ class SelectiveBackprop:
 
     def _begin(self):
         "Begin the record of an epoch"
-        self._at_start,self._sums = dict(self.counts),{}
+        self._at_start,self._sums,self._skipped,self._age = dict(self.counts),{},0,0.
 
     def _add(self, name, value):
         "Add to the epoch's sums, which stay on the device until the epoch ends"
@@ -178,14 +178,23 @@ class SelectiveBackprop:
     def observe(self,
         pred, # The model's output for a batch that was trained whole
         *yb, # Its targets
-        fill:bool=True, # Are these losses of the candidates? (Not if MixUp has mixed them)
-    ):
+        fill:bool=True, # Are these losses of all candidates? (Not if MixUp has mixed them, or if only some were loaded)
+    ) -> Tensor: # (B,) losses
         "Note the losses that training has produced. Before selection begins they fill the history for nothing. Optional in a loop of your own"
         with torch.no_grad():
             losses = per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
-            if not fill: return
-            self.fill(losses)
-            self.selector.observe(losses, loss_func=self.loss_func, pred=pred, yb=yb)
+            if fill:
+                self.fill(losses)
+                self.selector.observe(losses, loss_func=self.loss_func, pred=pred, yb=yb)
+        return losses
+
+    def skip(self,
+        n:int, # How many
+        age:float, # Mean age of the scores that decided, in epochs
+    ):
+        "Note candidates of this epoch that are not even loaded, since remembered losses have spoken against them"
+        self.counts['candidates'] += n
+        self._skipped,self._age = n,age
 
     def trained(self,
         loss:Tensor, # () mean loss of the batch just trained on
@@ -257,6 +266,7 @@ class SelectiveBackprop:
             return [(batch,None)]
         losses,pred,yb = self._score(batch)
         self.fill(losses)
+        self.scores = losses
         s = self.selector.select(losses, self.history, pred=pred, yb=tuple(yb), loss_func=self.loss_func, items=items)
         ready = self._keep(batch, s, n)
         self.counts['fp'] += n; self.counts['bp'] += sum(n_rows(b) for b,_ in ready)
@@ -265,7 +275,7 @@ class SelectiveBackprop:
 
     def end_epoch(self) -> dict|None: # The epoch's row of the log; None if nothing was offered
         "End the epoch: add its row to `log` and begin another"
-        n = {k: self.counts[k]-self._at_start[k] for k in self.counts}
+        n,skipped,age = {k: self.counts[k]-self._at_start[k] for k in self.counts},self._skipped,self._age
         epoch,secs,self.epoch = self.epoch,self.clock.read(),self.epoch+1
         sums = dict(zip(self._sums, torch.stack([v.to(self.device) for v in self._sums.values()]).tolist())) if self._sums else {} # one transfer
         self._begin()
@@ -273,13 +283,23 @@ class SelectiveBackprop:
         mean = lambda a,b: sums[a]/sums[b] if sums.get(b) else float('nan')
         row = dict(epoch=epoch, **n, selected=n['bp']/n['candidates'], candidate_loss=mean('candidate_loss','finite'),
             trained_loss=mean('trained_loss','n_trained'), scoring_s=secs.get('scoring',0.), training_s=secs.get('training',0.), left=len(self.buffer),
-            top_share=mean('top_held','held'))
+            top_share=mean('top_held','held'), loads=n['candidates']-skipped, score_age=age, loading_s=secs.get('loading',0.))
         if sums.get('bad') and not any(r.get('bad') for r in self.log):
             warnings.warn(f"{int(sums['bad'])} losses of epoch {epoch} were NaN or infinite. They are not used for percentiles; their examples are trained on.")
         if n['fp'] and not n['bp'] and not len(self.buffer):
             warnings.warn(f"Nothing was selected in epoch {epoch}: with {self.selector}, no example of {n['candidates']} had a loss above the recent ones.")
         self.log.append(dict(row, bad=bool(sums.get('bad'))))
         return row
+
+    def _loaded(self, dl):
+        "The batches of `dl`; the time that they take to come is `loading`"
+        it = iter(dl)
+        while True:
+            self.clock.start('loading', torch.device('cpu'))
+            batch = next(it, None)
+            self.clock.stop('loading')
+            if batch is None: return
+            yield batch
 
     def batches(self,
         dl, # Iterable of batches: nested tuples/lists/dicts of tensors; they are moved to the model's device
@@ -289,7 +309,7 @@ class SelectiveBackprop:
         device = self.device
         select = self.epoch >= self.start and (self.end is None or self.epoch < self.end)
         try:
-            for batch in dl:
+            for batch in self._loaded(dl):
                 batch = _rebuild(batch, (t.to(device, non_blocking=True) for _,t in _leaves(batch)))
                 for b,w in self.offer(batch, select):
                     self.weights = w

@@ -76,6 +76,7 @@ class Selector:
     sure = False  # are all probabilities 0 or 1, so that nothing is drawn?
     global_ = False # must it see all candidates at once, beyond their percentiles? (Or can it choose from a data set piece by piece?)
     weighted = False # does `select` give weights of its own?
+    needs_pred = False # does it need the candidates' predictions, which remembered losses do not give?
     needs_items = False # does it need to know which items of the data set the candidates are?
     active = True # is it time to select, as far as the selector is concerned?
     _gen = _rng_state = None
@@ -216,6 +217,7 @@ class Hybrid(Percentile):
 
 class Absolute(Selector):
     "p = squared L2 distance of softmax and one-hot target, at most 1 (`--calculator absolute` of the paper's code). For single-label classification"
+    needs_pred = True
     def __init__(self,
         seed:int|None=None, # Seed of the draws
     ): super().__init__(False, seed)
@@ -321,7 +323,8 @@ class Capped(Selector):
         if not isinstance(selector, Selector) or selector.weighted: raise TypeError(f"selector={selector!r} must be a Selector without weights of its own.")
         _check_number('max_percentile', max_percentile, high=1.); _check_positive('max_percentile', max_percentile)
         super().__init__(selector.exact and not selector.sure, selector.seed)
-        self.selector,self.max_percentile,self.sure,self.needs_items = selector,float(max_percentile),selector.sure,selector.needs_items
+        self.selector,self.max_percentile = selector,float(max_percentile)
+        self.sure,self.global_,self.needs_items,self.needs_pred = selector.sure,selector.global_,selector.needs_items,selector.needs_pred
         if selector.keep is not None: self.keep = min(selector.keep, self.max_percentile)
 
     def check(self, loss_func): self.selector.check(loss_func)
@@ -360,7 +363,7 @@ class GradNorm(Selector):
         self.presample,self.keep = float(presample),1/presample
         self.gain = None # moving average of how many times larger a batch would have to be for the same reduction of variance
 
-    weighted = True
+    weighted = needs_pred = True
     accepted = ('CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss','MSELoss','mse_loss','BCEWithLogitsLoss',
                 'binary_cross_entropy_with_logits')
     def check(self, loss_func):

@@ -37,7 +37,7 @@ def digits_model(p=0.2, width=50):
 def digits_learner(n=640, bs=32, noise=0.05, p=0.2, cbs=None, model=None, loss_func=None, metrics=accuracy, seed=1, drop_last=True, **kwargs):
     set_seed(seed)
     x, y = digits(n + 100)
-    dls = DataLoaders.from_dsets(NoisyRows(x[:n], y[:n], noise), NoisyRows(x[n:], y[n:], 0), bs=bs, device="cpu")
+    dls = DataLoaders.from_dsets(NoisyRows(x[:n], y[:n], noise), NoisyRows(x[n:], y[n:], 0), bs=bs, device="cpu", num_workers=0)
     if not drop_last:
         dls[0].drop_last = False
     return Learner(dls, model or digits_model(p), loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics, cbs=cbs, **kwargs)

@@ -205,3 +205,28 @@ def test_memory_account_sees_a_hoarder():
     finally:
         SB.before_batch = before_batch
     assert len(hoard) == 12 and extra > 10 * bs * 3 * 32 * 32 * 4 > 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024
+
+
+def test_epoch(tmp_path, capsys):
+    out = tmp_path/'e.json'
+    bench.main(['epoch', '--dataset', 'digits', '--items', '330', '--bs', '32', '--rounds', '1', '--out', str(out)])
+    res = json.loads(out.read_text())
+    assert [r['workers'] for r in res['runs']] == [0, 2]
+    for r in res['runs']:
+        m = {o['method']: o for o in r['methods']}
+        assert list(m) == list(bench.epoch_methods) and all(o['lowest'] <= o['seconds'] <= o['highest'] and o['seconds'] > 0 for o in m.values())
+        assert all(o['ratio'] == pytest.approx(o['seconds']/m['plain']['seconds']) for o in m.values())
+        assert m['plain']['loaded'] == m['sb']['loaded'] == 1 and m['sb']['scored'] == 1 and m['cached']['scored'] == m['plain']['scored'] == 0
+        assert m['cached']['loaded'] == m['cached']['trained'] == pytest.approx(.5, abs=.1) and m['cached, beta=2']['loaded'] == pytest.approx(1/3, abs=.1)
+        assert m['stale=3']['scored'] == pytest.approx(1/3, abs=.02) and m['two_stage']['loaded'] == pytest.approx(.75, abs=.1)
+    assert 'of plain' in capsys.readouterr().out
+
+
+def test_the_committed_epochs():
+    "What the README quotes is what its file says, and holds what was asked of it"
+    res = json.loads((Path(__file__).parent.parent/'nbs/results/epoch.json').read_text())
+    assert res['config']['data'] != 'digits' and res['command'].startswith('python -m fastsb.bench epoch')
+    for r in res['runs']:
+        m = {o['method']: o for o in r['methods']}
+        assert all(o['ratio'] == pytest.approx(o['seconds']/m['plain']['seconds']) for o in m.values())
+        assert m['cached']['ratio'] <= .55 and m['cached, beta=2']['ratio'] <= .40

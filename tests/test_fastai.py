@@ -79,7 +79,7 @@ def test_progress_table_and_log(capsys):
     assert learn.recorder.metric_names[-2] == "selected"
     assert [r[-2] for r in rows] == learn.sb.log.selected.tolist() and rows[0][-2] == 1.0
     assert list(learn.sb.log.columns) == ["epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss",
-                                             "scoring_s", "training_s", "left", "top_share"]
+                                             "scoring_s", "training_s", "left", "top_share", "loads", "score_age", "loading_s"]
     assert (learn.sb.log.training_s > 0).all() and (learn.sb.log.scoring_s[1:] > 0).all() and learn.sb.log.scoring_s[0] == 0
 
 
@@ -211,7 +211,7 @@ def test_mixup_mixes_what_was_selected(mix):
 
     x, y = digits(320)
     x = x.view(-1, 1, 8, 8)
-    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu")
+    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     spy = Spy()
     learn = Learner(dls, Images(), loss_func=CrossEntropyLossFlat(), cbs=[mix(), spy]).selective_backprop(start=1, history=64)
     quiet_fit(learn, 3)
@@ -270,7 +270,7 @@ def test_several_inputs_and_targets():
         return items.mean() if reduction == "mean" else items
 
     ds = [(o[:32], o[32:], t, torch.tensor(1.0)) for o, t in zip(x, y)]
-    dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu")
+    dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
     dls[0]._n_inp = dls[1]._n_inp = 2
     learn = Learner(dls, Two(), loss_func=loss).selective_backprop(start=0)
     quiet_fit(learn, 3)
@@ -289,7 +289,8 @@ def test_dicts_in_a_batch():
             return self.net(b["pixels"])
 
     ds = [({"pixels": o}, t) for o, t in zip(x, y)]
-    learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu"), Dict(), loss_func=CrossEntropyLossFlat()).selective_backprop(start=0)
+    dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
+    learn = Learner(dls, Dict(), loss_func=CrossEntropyLossFlat()).selective_backprop(start=0)
     quiet_fit(learn, 2)
     assert learn.sb.log.bp.sum() > 100
 
@@ -298,7 +299,7 @@ def test_multilabel_and_regression():
     x, y = digits(320)
     for t, lf, n in ((torch.eye(10)[y], BCEWithLogitsLossFlat(), 10), (torch.stack([y, y]).T.float(), MSELossFlat(), 2)):
         ds = list(zip(x, t))
-        learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu"), nn.Linear(64, n), loss_func=lf).selective_backprop(start=0)
+        learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0), nn.Linear(64, n), loss_func=lf).selective_backprop(start=0)
         quiet_fit(learn, 3)
         assert learn.sb.log.selected.between(0.05, 0.8).all()
 
@@ -308,7 +309,7 @@ def test_segmentation_keeps_images_whole():
     ds = [(o.view(1, 8, 8), (o.view(8, 8) > 0.5).long()) for o in x]
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     spy = Spy()
-    learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=16, device="cpu"), model, loss_func=CrossEntropyLossFlat(axis=1), cbs=spy)
+    learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=16, device="cpu", num_workers=0), model, loss_func=CrossEntropyLossFlat(axis=1), cbs=spy)
     quiet_fit(learn.selective_backprop(start=0), 3)
     for (xb,), (yb,) in spy.batches:
         assert torch.equal((xb[:, 0] > 0.5).long(), yb)
@@ -377,7 +378,8 @@ def test_a_language_model_is_refused():
 
 def test_no_targets_is_refused():
     x, _ = digits(64)
-    learn = Learner(DataLoaders.from_dsets([(o,) for o in x], [(o,) for o in x], bs=32, device="cpu"), digits_model(), loss_func=CrossEntropyLossFlat())
+    dls = DataLoaders.from_dsets([(o,) for o in x], [(o,) for o in x], bs=32, device="cpu", num_workers=0)
+    learn = Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match="no targets"):
         quiet_fit(learn.selective_backprop(), 1)
 
@@ -394,7 +396,7 @@ def test_channels_last_stays():
             self.learn.xb = (self.xb[0].contiguous(memory_format=torch.channels_last),)
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)).to(memory_format=torch.channels_last)
-    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu")
+    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[spy, ToChannelsLast()]).selective_backprop(start=0)
     quiet_fit(learn, 2)
     assert spy.batches and all(b[0][0].is_contiguous(memory_format=torch.channels_last) for b in spy.batches)

@@ -179,7 +179,7 @@ def test_nothing_lost_nothing_twice(batching, exact, drop_last):
     n, bs, epochs = 777, 32, 4
     ids = torch.arange(n)
     ds = list(zip(ids[:, None].float() * torch.ones(2), ids))
-    dls = DataLoaders.from_dsets(ds, ds[:50], bs=bs, device="cpu")
+    dls = DataLoaders.from_dsets(ds, ds[:50], bs=bs, device="cpu", num_workers=0)
     dls[0].drop_last = drop_last
     sel, spy = Chosen(2, exact=exact, seed=0), Planted()
     learn = Learner(dls, First(), loss_func=lambda p, t: (p * 0).mean(), cbs=spy)
@@ -509,7 +509,7 @@ def test_non_finite_losses(exact, batching):
                 bad.append(int(self.xb[0].isnan().any(1).sum()))
                 self.learn.xb = (self.xb[0].nan_to_num(),)  # so that the model survives
 
-    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu")
+    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     learn = Learner(dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=Watch())
     learn.selective_backprop(beta=3, start=0, exact=exact, batching=batching)
     with warnings.catch_warnings(record=True) as w:

@@ -227,8 +227,8 @@ def test_lr_sched_faults(tmp_path, text, words):
 def test_help(cli):
     code, out, err = cli('--help')
     assert code == 0 and err == ''
-    named = ('strategy dataset data data_dir model batch_size epochs learning_rate prob_pow start data_augmentation cutout length seed '
-             'output_dir bf16 lr_sched forwardlr')
+    named = ('strategy dataset data data_dir model batch_size epochs learning_rate calculator prob_pow keep threshold min_loss_perc rescale fp_selector '
+             'staleness start data_augmentation cutout length seed output_dir bf16 lr_sched forwardlr')
     options = re.findall(r'^  --(\w+)(?: \(\w+\))? +\w', out, re.M)   # each with a text beside it
     assert options == named.split()
 
@@ -255,7 +255,10 @@ BAD = [
     ('--output_dir file', ['output_dir', 'file']), ('--output_dir file/sub', ['output_dir', 'file/sub']),
     ('--output_dir /proc/nowhere/sub', ['output_dir', '/proc/nowhere']),
     ('--output_dir ' + 'a'*300, ['output_dir']), ('--data ' + 'a'*300, ['aaa']),
-    ('--staleness 3', ['--staleness']), ('--calculator random', ['--calculator']), ('stray', ['stray']),
+    ('--staleness 0', ['staleness', 'at least 1']), ('--calculator rank', ['calculator', 'relative, random', "'rank'"]), ('stray', ['stray']),
+    ('--fp_selector never', ['fp_selector', 'alwayson, stale']), ('--rescale max', ['rescale', "'max'"]), ('--keep 0', ['keep', 'above 0']),
+    ('--keep 2', ['keep', 'at most 1']), ('--min_loss_perc 1.5', ['min_loss_perc', '1.5']), ('--threshold -1', ['threshold', '-1']),
+    ('--calculator absolute --fp_selector cached', ['Absolute', "score='model'"]),
 ]
 
 
@@ -301,7 +304,7 @@ def test_in_a_process_of_its_own(tmp_path):
     run = lambda *args: subprocess.run([sys.executable, '-m', 'fastsb.train', *args], cwd=tmp_path, env=env, capture_output=True, text=True)
     r = run('--epochs', '2', '--batch_size', '256')
     assert (r.returncode, r.stderr) == (0, '') and len(blocks(r.stdout)) == 2 and '\r' not in r.stdout and '█' not in r.stdout
-    assert r.stdout.count('\n') == 2*6 + 1 and sorted(os.listdir(tmp_path/'fastsb_out')) == ['log.csv', 'selected.png']
+    assert r.stdout.startswith('Epoch 1 / 2\nFPs: 0') and sorted(os.listdir(tmp_path/'fastsb_out')) == ['log.csv', 'selected.png']
     r = run('--epochs', 'x', '--output_dir', 'other')
     assert (r.returncode, r.stdout) == (2, '') and r.stderr.count('\n') == 1 and not (tmp_path/'other').exists()
 
@@ -312,3 +315,29 @@ def test_other_commands_keep_fastcores_parser():
               ): "Another command"
     p = anno_parser(other)
     assert type(p) is not fastsb.train.Parser and '--some-option' in p.format_help()
+
+
+KEPT = dict(blf=(0.2, 0.99), random=(0.3, 0.7), topk=(0.5, 0.5), lowk=(0.5, 0.5), threshold=(0.01, 0.99),
+            gradnorm=(0.3, 1), infobatch=(0.5, 0.9), orderedpool=(0.5, 0.5))
+
+
+@pytest.mark.parametrize('strategy', KEPT)
+def test_every_strategy(tmp_path, strategy):
+    learn, text, log = train(tmp_path, strategy=strategy, epochs=4, learning_rate=0.05)
+    lo, hi = KEPT[strategy]
+    assert log.selected[0] == 1 and log.columns.tolist() == COLUMNS
+    assert log.selected[1:3].between(lo-0.08, hi+0.08).all() and len(blocks(text)) == 4
+
+
+@pytest.mark.parametrize('calculator', ['random', 'hybrid', 'absolute'])
+def test_calculators(tmp_path, calculator):
+    learn, _, log = train(tmp_path, calculator=calculator, epochs=3, learning_rate=0.05)
+    assert type(learn.sb.selector).__name__.lower() == calculator and log.fp.tolist() == [0, N, N] and log.selected[2] < 0.95
+
+
+def test_fp_selectors(tmp_path):
+    for name, fp in dict(stale=[0, N, 0, 0, N], cached=[0]*5).items():
+        _, _, log = train(tmp_path, fp_selector=name, staleness=3, epochs=5, learning_rate=0.05)
+        assert log.fp.tolist() == fp and (log.candidates == N).all() and log.selected[2:4].max() < 0.8
+    _, _, log = train(tmp_path, fp_selector='two_stage', epochs=3, learning_rate=0.05)
+    assert 0.7*N < log.fp[2] < 0.9*N
