@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['precisions', 'variants', 'commands', 'epoch_methods', 'measure_times', 'peak_bytes', 'fit_peak_bytes',
-           'measure_memory', 'command', 'check_device', 'check_int', 'check_out', 'environment', 'overhead',
-           'load_result', 'overhead_table', 'memory_table', 'plot_overhead', 'epoch', 'epoch_table', 'measure_cache',
-           'cache', 'cache_table', 'main']
+           'measure_memory', 'command', 'check_device', 'check_out', 'environment', 'overhead', 'load_result',
+           'overhead_table', 'memory_table', 'plot_overhead', 'epoch', 'epoch_table', 'measure_cache', 'cache',
+           'cache_table', 'main']
 
 # %% ../nbs/40_bench.ipynb #20ea81a7
 import gc, inspect, json, os, platform, shlex, subprocess, sys, tempfile, time, warnings
@@ -210,7 +210,7 @@ def check_device(device):
         raise ValueError(f"device {device!r} cannot be used: torch finds {torch.cuda.device_count()} GPUs here.")
     return d
 
-def check_int(name, value, low):
+def _check_int(name, value, low):
     "`ValueError` unless option `name` is a whole number of at least `low`"
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, not {value!r}.")
@@ -265,8 +265,8 @@ def overhead(
     "What does a candidate batch cost, part by part, and what does a selective fit hold in memory beyond a plain one?"
     dev = check_device(device)
     if model is not None and model not in models: raise ValueError(f"model must be one of {', '.join(models)}, not {model!r}.")
-    check_int('bs', bs, 2); check_int('reps', reps, 1)
-    if threads is not None: check_int('threads', threads, 1)
+    _check_int('bs', bs, 2); _check_int('reps', reps, 1)
+    if threads is not None: _check_int('threads', threads, 1)
     path = check_out(out)
     names,runs = [model] if model else ['small','resnet18'] if dev.type == 'cuda' else ['small'],[]
     line = _line(overhead, device=device, model=model, bs=bs, reps=reps, threads=threads, out=out)
@@ -372,8 +372,8 @@ def epoch(
     out:str='nbs/results/epoch.json', # File to write
 ) -> dict: # What is written
     "Seconds an epoch of plain training, Selective-Backprop, stale, cached, two-stage and InfoBatch, with and without loader processes"
-    for name,v,low in (('items',items,bs),('bs',bs,2),('rounds',rounds,1),('workers',workers,1)): check_int(name, v, low)
-    if threads is not None: check_int('threads', threads, 1)
+    for name,v,low in (('items',items,bs),('bs',bs,2),('rounds',rounds,1),('workers',workers,1)): _check_int(name, v, low)
+    if threads is not None: _check_int('threads', threads, 1)
     if model not in models: raise ValueError(f"model must be one of {', '.join(models)}, not {model!r}.")
     path = check_out(out)
     x,y,xt,yt = load_arrays(dataset, data)
@@ -477,7 +477,7 @@ def cache(
     out:str='nbs/results/cache.json', # File to write
 ) -> dict: # What is written
     "How long does it take to remember a batch's losses, and to choose an epoch, of a hundred million items; in how much memory?"
-    for name,v,low in (('n_items',n_items,10_000),('bs',bs,1),('reps',reps,1),('threads',1 if threads is None else threads,1)): check_int(name, v, low)
+    for name,v,low in (('n_items',n_items,10_000),('bs',bs,1),('reps',reps,1),('threads',1 if threads is None else threads,1)): _check_int(name, v, low)
     path,line,runs = check_out(out),_line(cache, n_items=n_items, bs=bs, reps=reps, threads=threads, out=out),[]
     with _threads(threads):
         env = environment(torch.device('cpu'))

@@ -110,7 +110,13 @@ class ArrayDS:
 
 class ArrayDL(TfmdDL):
     "A fastai loader over an `ArrayDS`: one index operation a batch"
-    def __init__(self, dataset, bs=128, shuffle=False, num_workers=0, **kwargs):
+    def __init__(self,
+        dataset:ArrayDS, # Images and labels
+        bs:int=128, # Batch size
+        shuffle:bool=False, # In a new order each epoch?
+        num_workers:int=0, # Processes that make batches
+        **kwargs # Passed on to `TfmdDL`
+    ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
     def do_item(self, s): return 0 if s is None else s
     def create_batch(self, b): return self.dataset[torch.as_tensor(b, device=self.dataset.y.device)]
@@ -206,7 +212,12 @@ def resnet18_32(
 # %% ../nbs/30_data.ipynb #3b22bbec
 class PreActBlock(nn.Module):
     "BatchNorm, ReLU, convolution, twice, beside a shortcut"
-    def __init__(self, ni, nf, stride=1, dropout=0.):
+    def __init__(self,
+        ni:int, # Channels in
+        nf:int, # Channels out
+        stride:int=1, # Of the first convolution
+        dropout:float=0. # Between the convolutions
+    ):
         super().__init__()
         self.act = nn.Sequential(nn.BatchNorm2d(ni), nn.ReLU(inplace=True))
         self.convs = nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True),

@@ -154,7 +154,8 @@ def test_old_items_come_back():
     learn, ds = planted_learner(200, score="cached", beta=8, max_age=3, seed=0)
     seen.update({i: [] for i in range(200)})
     quiet_fit(learn, 30, cbs=Watch())
-    assert max(np.diff([*s, 29]).max() for s in seen.values()) == 4  # drawn each by itself: back after 3 epochs of absence
+    waits = [np.diff([*s, 29]).max() for s in seen.values()]  # drawn each by itself: back after 3 epochs of absence...
+    assert max(waits) <= 5 and np.mean(np.array(waits) > 4) < 0.05  # ...or one more, for one that would have been alone in the last batch
 
 
 def test_weights_of_dropped_items():
