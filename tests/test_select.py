@@ -216,6 +216,47 @@ def test_gradnorm_draws_in_proportion_and_weighs_without_bias():
     assert abs(est.mean() - losses.mean()) < 4 * est.std() / n**0.5
 
 
+@on
+@pytest.mark.parametrize("B", [1, 2, 64, 8192])
+@pytest.mark.parametrize("kind", ["random", "tied", "constant", "tiny", "huge", "nan", "inf"])
+def test_gradnorm_over_all_inputs(B, kind, device):
+    "Squared error, so that the bound is 2/d*||pred-target||: probabilities, draws and weights as in NumPy"
+    r = np.random.default_rng(B)
+    pred = {"random": r.normal(size=(B, 3)), "tied": r.integers(0, 3, (B, 3)), "constant": np.ones((B, 3)), "tiny": r.random((B, 3)) * 1e-30,
+            "huge": r.random((B, 3)) * 1e15, "nan": r.normal(size=(B, 3)), "inf": r.normal(size=(B, 3))}[kind].astype(np.float32)
+    if kind in ("nan", "inf"):
+        pred[r.random(B) < 0.1] = dict(nan=np.nan, inf=np.inf)[kind]
+    target = torch.zeros(B, 3, device=device)
+    p, sel, k = torch.tensor(pred, device=device), GradNorm(3), max(1, math.floor(B / 3 + 0.5))
+    losses = per_item_loss(nn.MSELoss(), p, target)
+    u = torch.rand(k, generator=torch.Generator().manual_seed(5)).to(device)
+    s = sel.select(losses, u=u, loss_func=nn.MSELoss(), pred=p, yb=(target,))
+    ok = np.isfinite(losses.cpu().numpy())
+    g = np.where(ok, 2 / 3 * np.sqrt((pred.astype(np.float64) ** 2).sum(1)), 0)
+    if g.max() > 1e-29:
+        np.testing.assert_allclose(s.p.cpu().numpy()[ok], (g / g.sum())[ok], rtol=1e-3, atol=1e-6)
+    idx, n_bad = s.idx.cpu().numpy(), int((~ok).sum())
+    assert len(idx) == k and idx.min() >= 0 and idx.max() < B and s.w.isfinite().all()
+    assert list(idx[: min(n_bad, k)]) == list(np.flatnonzero(~ok)[:k]) and (s.w[: min(n_bad, k)] == 1).all()
+    q = s.p.cpu().double().numpy()
+    rest = idx[n_bad:]
+    np.testing.assert_allclose(s.w.cpu().numpy()[n_bad:], 1 / (B * q[rest]), rtol=1e-3)
+    cdf = q.cumsum() / max(q.sum(), 1e-30)
+    assert all(cdf[i] >= v - 1e-5 and (i == 0 or cdf[i - 1] <= v + 1e-5) for i, v in zip(rest, u.cpu().numpy()[n_bad:]))
+
+
+@on
+@names
+def test_reducible_loss_over_all_inputs(name, device):
+    l = inputs[name].astype(np.float32)
+    r = np.random.default_rng(7)
+    items, irr = r.permutation(len(l) + 10)[: len(l)], r.random(len(l) + 10).astype(np.float32)
+    for keep in (0.1, 0.5):
+        s = ReducibleLoss(torch.tensor(irr), keep).select(losses_of(name, device), items=torch.tensor(items, device=device))
+        key = np.where(bad(l), -np.inf, -(l - irr[items]))
+        assert s.idx.tolist() == sorted(np.argsort(key, kind="stable")[: max(1, math.floor(keep * len(l) + 0.5))])
+
+
 def test_gradnorm_gate():
     "tau from the paper's formula; open when bounds are uneven, closed when they are even; the average forgets by 0.9"
     lf, y = nn.CrossEntropyLoss(), torch.zeros(32).long()
