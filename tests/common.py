@@ -30,6 +30,17 @@ class NoisyRows(torch.utils.data.Dataset):
         return self.x[i] + self.noise * torch.randn(self.x[i].shape), self.y[i]
 
 
+class FirstColumn(nn.Module):
+    "Predicts the first input, where tests plant a number; has something to train"
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x[:, 0] + 0 * self.w
+
+
 def digits_model(p=0.2, width=50):
     return nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(p), nn.Linear(width, 10))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Spy, digits, digits_learner, digits_model, everything, quiet_fit, same, weights
+from common import FirstColumn, Spy, digits, digits_learner, digits_model, everything, quiet_fit, same, weights
 from fastai.callback.hook import Hook
 from fastai.callback.tracker import TerminateOnNaNCallback
 from torch import nn
@@ -159,17 +159,6 @@ class Chosen(Percentile):
         return s
 
 
-class First(nn.Module):
-    "The planted number, and something to train"
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return x[:, 0] + 0 * self.w
-
-
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("drop_last", [True, False])
@@ -182,7 +171,7 @@ def test_nothing_lost_nothing_twice(batching, exact, drop_last):
     dls = DataLoaders.from_dsets(ds, ds[:50], bs=bs, device="cpu", num_workers=0)
     dls[0].drop_last = drop_last
     sel, spy = Chosen(2, exact=exact, seed=0), Planted()
-    learn = Learner(dls, First(), loss_func=lambda p, t: (p * 0).mean(), cbs=spy)
+    learn = Learner(dls, FirstColumn(), loss_func=lambda p, t: (p * 0).mean(), cbs=spy)
     learn.selective_backprop(selector=sel, batching=batching, per_item=lambda p, t: p)
     quiet_fit(learn, epochs)
     log = learn.sb.log

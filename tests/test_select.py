@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import Spy, digits, digits_learner, quiet_fit
+from common import FirstColumn, Spy, digits, digits_learner, quiet_fit
 from fastai.callback.all import MixUp, SchedCos
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from torch import nn
@@ -298,18 +298,10 @@ def test_reducible_loss_knows_the_items(shuffle, num_workers):
             seen.append((losses.round().long(), items.clone()))
             return super().score(losses, items=items, **context)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(1))
-
-        def forward(self, x):
-            return x[:, 0] + 0 * self.w
-
     ds = [(torch.full((2,), float(i)), torch.tensor(i)) for i in range(n)]
     dls = DataLoaders.from_dsets(ds, ds[:20], bs=32, device="cpu", num_workers=num_workers)
     dls.train.shuffle = shuffle
-    learn = Learner(dls, Net(), loss_func=lambda p, t: (p * 0).mean())
+    learn = Learner(dls, FirstColumn(), loss_func=lambda p, t: (p * 0).mean())
     learn.selective_backprop(selector=Watch(irr, 0.25), per_item=lambda p, t: p, start=0)
     quiet_fit(learn, 2)
     assert len(seen) == 18 and all(torch.equal(a, b) for a, b in seen)
