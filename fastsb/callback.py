@@ -171,12 +171,13 @@ class SelectiveBackpropCallback(Callback):
         dl,n = self.dls.train,len(self.cache)
         rows = lambda: dl.n//dl.bs*dl.bs if dl.drop_last else dl.n
         selector,offered = TopK(self.pool) if self.score == 'two_stage' else self.selector,rows()
-        chosen,p,w = choose(self.cache, selector, self.epoch, max_age=self.max_age)
+        chosen,p,w = choose(self.cache, selector, self.epoch, max_age=self.max_age, probs=self.rescale == 'inverse')
         if w is None and self.rescale != 'mean' and self.score != 'two_stage':
             w = torch.full((len(chosen),), len(chosen)/n) if self.rescale == 'sum' else len(chosen)/n/p
         self._w = None if w is None else torch.ones(n).scatter(0, chosen, w).to(e.device) # by item
         self._short = shortened(dl, chosen).start()
-        e.skip(offered-rows(), self.cache.ages(None, self.epoch).nanmean().nan_to_num(0.).item())
+        known = self.cache.summary(self.epoch)
+        e.skip(offered-rows(), known['age'] if known['seen'] else 0.)
         self._loaded_share = len(chosen)/n
         return 'score' if self.score == 'two_stage' else 'sample'
 
@@ -227,9 +228,8 @@ class SelectiveBackpropCallback(Callback):
     def after_train(self):
         "End the epoch's record; where only some items were loaded, `candidate_loss` is the mean of what is remembered of all"
         if self._plan == 'sample':
-            losses = self.cache.losses()
-            known = losses.isfinite()
-            self.engine._add('candidate_loss', torch.where(known, losses, 0.).sum()); self.engine._add('finite', known.sum())
+            known = self.cache.summary(self.epoch)
+            if known['seen']: self.engine._add('candidate_loss', known['loss']*known['seen']); self.engine._add('finite', known['seen'])
         if self._short is not None: self._short.stop()
         self.engine.end_epoch()
 
