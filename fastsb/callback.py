@@ -17,7 +17,7 @@ from fastai.callback.rnn import RNNCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop # the one that `no_logging` sets
 from fastai.learner import Learner, ValueMetric
-from fastai.torch_core import find_bs, to_float
+from fastai.torch_core import find_bs, num_distrib, to_float
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -113,6 +113,9 @@ class SelectiveBackpropCallback(Callback):
         self.engine = SelectiveBackprop(self.model, self._lf, bs, history=self.history, batching=self.batching, selector=self.selector,
                                         rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item, forward=self._forward)
         self.engine.check_ranks()
+        if (self.caches or self.selector.needs_items) and num_distrib() > 1:
+            raise ValueError("Each process of a distributed training sees the losses of its own items only, so what is known of items cannot choose for all: "
+                             "use score='model', stale=1 and a selector that need not know the items.")
         if self.selector.keep != 1 and self.per_item is None:
             with unreduced(self._lf): pass # raises for a loss that cannot be split
         self._restore() # should a fit before this one have ended in an exception before its first epoch

@@ -222,10 +222,10 @@ class SelectiveBackprop:
 
     def check_ranks(self):
         "Raise `ValueError` if processes that train together would not take the same number of steps"
-        d = torch.distributed
-        if d.is_available() and d.is_initialized() and d.get_world_size() > 1 and not self.selector.exact and self.selector.keep != 1:
-            raise ValueError(f"{self.selector} keeps a random number of examples, but the {d.get_world_size()} processes of a distributed training must take "
-                             "the same number of steps: pass exact=True.")
+        d,s = torch.distributed,self.selector
+        if d.is_available() and d.is_initialized() and d.get_world_size() > 1 and s.keep != 1 and (not s.exact or s.weighted): # GradNorm's gate opens by itself
+            raise ValueError(f"{s} does not always keep the same number of examples, but the {d.get_world_size()} processes of a distributed training must "
+                             "take the same number of steps: choose with Percentile and pass exact=True.")
 
     def _weights(self, s, n):
         "(k,) weights of what is kept of `n` candidates, for the mean over the kept; a paper's own, or what `rescale` asks for"

@@ -284,3 +284,17 @@ def test_beta_0_loads_everything():
     learn = digits_learner().selective_backprop(score="cached", beta=0)
     quiet_fit(learn, 2)
     assert learn.sb.log.loads.tolist() == [640, 640] and learn.sb.cache is None
+
+
+def test_several_processes_are_refused_where_they_would_go_apart(monkeypatch):
+    from fastsb.select import GradNorm, ReducibleLoss
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    for kw, words in ((dict(score="cached", exact=True), "score='model'"), (dict(stale=2, exact=True), "score='model'"),
+                      (dict(selector=GradNorm()), "exact=True"), (dict(selector=ReducibleLoss(torch.ones(640))), "score='model'"), (dict(), "exact=True")):
+        learn = digits_learner().selective_backprop(**kw)
+        with pytest.raises(ValueError, match=words):
+            quiet_fit(learn, 1)
+        assert len(learn.metrics) == 1 and "do_item" not in vars(learn.dls.train)
