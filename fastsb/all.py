@@ -6,4 +6,5 @@ from fastsb.engine import *
 from fastsb.history import *
 from fastsb.losses import *
 from fastsb.plot import *
+from fastsb.score import *
 from fastsb.select import *

@@ -26,6 +26,7 @@ from .cache import ItemTracker, LossCache, choose, shortened
 from .engine import SelectiveBackprop, _settings
 from .history import LossHistory
 from .losses import per_item_loss, unreduced
+from .score import as_scorer
 from .select import InfoBatch, LossShare, Selector, TopK, _check_number
 
 # %% ../nbs/10_callback.ipynb #72a2facd
@@ -49,15 +50,15 @@ class SelectiveBackpropCallback(Callback):
         history:int=1024, # How many recent losses a percentile is taken over
         start:int|float=1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float=1., # When everything is trained on again: an int is epochs, a float a fraction of the fit
-        exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates, so that the host never waits for the device
+        exact:bool=True, # Keep exactly round(B/(beta+1)) of `B` candidates, so that the host never waits for the device; False: draw each, as the paper does
         batching:str='accumulate', # 'accumulate' full batches from what is kept, or 'prune': train on what is kept of each batch, two at least if any
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
         selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`: see `fastsb.select`
         rescale:str='mean', # How kept losses are averaged: 'mean'; 'sum' over the kept / candidates; 'inverse' to their probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
-        score:str='model', # Where scores come from: 'model' (a forward pass), 'cached' (losses that training left behind), 'two_stage' (these, then that)
-        stale:int=1, # With score='model': score every `stale` epochs only; in between the remembered scores decide which items are loaded at all
+        score='model', # 'model' (a forward pass), a `Scorer` or `Proxy`, a callable, 'cached' (losses that training left), 'two_stage' (these, then a pass)
+        stale:int=1, # With fresh scores: score every `stale` epochs only; in between the remembered scores decide which items are loaded at all
         momentum:float=.5, # Of the remembered losses' moving average; 0: the last one
         max_age:int=5, # Items that were not trained on for so many epochs come back
         pool:float=.75, # With score='two_stage': share of the items, those with the highest remembered losses, that is loaded and scored
@@ -67,22 +68,26 @@ class SelectiveBackpropCallback(Callback):
         if isinstance(start, float) and start == 1.:
             raise ValueError("start=1.0 is a fraction of the fit: nothing would ever be selected. For one epoch, pass start=1.")
         if type(start) is type(end) and end <= start: raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
-        self.selector,self.history = _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item),LossHistory(history).size
+        remembered = isinstance(score, str) and score in ('cached','two_stage')
+        if isinstance(score, str) and not remembered and score != 'model':
+            raise ValueError(f"score={score!r} must be 'model', 'cached', 'two_stage', a Scorer, a Proxy or a callable (model, batch) -> (B,).")
+        self.scorer = as_scorer('model' if remembered else score)
+        self.selector,self.history = _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item, self.scorer),LossHistory(history).size
         self.start,self.end,self.batching,self.rescale,self.interrupt,self.per_item = start,end,batching,rescale,interrupt,per_item
-        if score not in ('model','cached','two_stage'): raise ValueError(f"score={score!r} must be 'model', 'cached' or 'two_stage'.")
         for name,v in (('stale',stale),('max_age',max_age)):
             if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{name}={v!r} must be an int of at least 1: a number of epochs.")
-        if stale > 1 and score != 'model':
-            raise ValueError(f"stale={stale} is for score='model'; with score={score!r} remembered losses decide in every epoch.")
+        if stale > 1 and remembered: raise ValueError(f"stale={stale} is for score='model'; with score={score!r} remembered losses decide in every epoch.")
+        if stale > 1 and not self.scorer.own:
+            raise ValueError(f"stale={stale}: scores of {self.scorer} cannot stand beside the losses that training leaves: use score='model' or stale=1.")
         _check_number('momentum', momentum, high=1.); _check_number('pool', pool, high=1.)
-        self.score,self.stale,self.momentum,self.max_age,self.pool = score,stale,momentum,max_age,pool
+        self.score,self.remembered,self.stale,self.momentum,self.max_age,self.pool = score,remembered,stale,momentum,max_age,pool
         if self.caches and self.selector.needs_pred:
             raise ValueError(f"{self.selector} needs predictions, and remembered losses come without: use score='model' and stale=1.")
 
     @property
     def caches(self) -> bool:
         "Are losses remembered from epoch to epoch?"
-        return (self.score != 'model' or self.stale > 1) and self.selector.keep != 1
+        return (self.remembered or self.stale > 1) and self.selector.keep != 1
 
     def __repr__(self): return f"{type(self).__name__}({self.selector}, start={self.start}, end={self.end}, batching={self.batching!r})"
 
@@ -111,7 +116,7 @@ class SelectiveBackpropCallback(Callback):
             raise ValueError("The batches of an LMDataLoader continue each other row by row, and leaving rows out would break the text: "
                              "Selective-Backprop cannot train a language model on them.")
         self.engine = SelectiveBackprop(self.model, self._lf, bs, history=self.history, batching=self.batching, selector=self.selector,
-                                        rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item, forward=self._forward)
+                                        rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item, forward=self._forward, score=self.scorer)
         self.engine.check_ranks()
         if (self.caches or self.selector.needs_items) and num_distrib() > 1:
             raise ValueError("Each process of a distributed training sees the losses of its own items only, so what is known of items cannot choose for all: "
@@ -170,7 +175,7 @@ class SelectiveBackpropCallback(Callback):
         "Plan of the epoch: 'whole', 'score' what is loaded, or train on all of the 'sample' that is loaded"
         if not self.selecting(): return 'whole'
         self._since += 1
-        if self.score == 'model' and (self._since-1) % self.stale == 0: return 'score'
+        if not self.remembered and (self._since-1) % self.stale == 0: return 'score'
         dl,n = self.dls.train,len(self.cache)
         rows = lambda: dl.n//dl.bs*dl.bs if dl.drop_last else dl.n
         selector,offered = TopK(self.pool) if self.score == 'two_stage' else self.selector,rows()
@@ -191,7 +196,7 @@ class SelectiveBackpropCallback(Callback):
         if not len(self.yb): raise ValueError("The training batches have no targets, so their examples have no losses to select by.")
         if e.weighted and self.learn.loss_func is not self._lf:
             raise ValueError("Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and MixUp and CutMix mix them: use rescale='mean'.")
-        self._n_inp,self._n_targ = len(self.xb),len(self.yb)
+        self._n_inp,self._n_targ = e.n_inp,_ = len(self.xb),len(self.yb)
         e.autocast = next((a for cb in self.learn.cbs if isinstance(a := vars(cb).get('autocast'), torch.autocast)), None)
         self._at.append(self.epoch + self.iter/self.n_iter)
         self.selector.at(self.pct_train)
@@ -232,7 +237,7 @@ class SelectiveBackpropCallback(Callback):
         "End the epoch's record; where only some items were loaded, `candidate_loss` is the mean of what is remembered of all"
         if self._plan == 'sample':
             known = self.cache.summary(self.epoch)
-            if known['seen']: self.engine._add('candidate_loss', known['loss']*known['seen']); self.engine._add('finite', known['seen'])
+            if known['seen']: self.engine._add(candidate_loss=torch.tensor(float(known['loss']*known['seen'])), finite=torch.tensor(float(known['seen'])))
         if self._short is not None: self._short.stop()
         self.engine.end_epoch()
 
@@ -262,9 +267,10 @@ class SelectiveBackpropCallback(Callback):
 
     @property
     def log(self) -> pd.DataFrame:
-        """The last fit, a row an epoch: epoch, candidates, fp, bp, selected (bp/candidates), candidate_loss (mean over all candidates), trained_loss (mean over
-        what was trained), scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that the highest fifth of each
-        batch of candidates holds), loads (items loaded), score_age (mean age of the scores used, in epochs), loading_s (seconds waiting for batches)"""
+        """The last fit, a row an epoch: epoch, candidates, fp, bp, selected (bp/candidates), candidate_loss (mean over all candidates, by what scored them),
+        trained_loss (mean over what was trained), scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that
+        the highest fifth of each batch of candidates holds), loads (items loaded), score_age (mean age of the scores used, in epochs), loading_s (seconds
+        waiting for batches)"""
         cols = 'epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads score_age loading_s'.split()
         return pd.DataFrame(self.engine.log if self.engine else [], columns=cols)
 

@@ -293,7 +293,8 @@ def test_several_processes_are_refused_where_they_would_go_apart(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
     for kw, words in ((dict(score="cached", exact=True), "score='model'"), (dict(stale=2, exact=True), "score='model'"),
-                      (dict(selector=GradNorm()), "exact=True"), (dict(selector=ReducibleLoss(torch.ones(640))), "score='model'"), (dict(), "exact=True")):
+                      (dict(selector=GradNorm()), "exact=True"), (dict(selector=ReducibleLoss(torch.ones(640))), "score='model'"),
+                      (dict(exact=False), "exact=True")):
         learn = digits_learner().selective_backprop(**kw)
         with pytest.raises(ValueError, match=words):
             quiet_fit(learn, 1)
