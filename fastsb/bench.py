@@ -64,8 +64,8 @@ def measure_times(
     reps:int=15, # Rounds, after one that is not counted
     precision:str='fp32', # One of `precisions`; bf16 is autocast
     batches:int=6, # Candidate batches in a cycle
-) -> dict: # Medians and quartiles in ms a candidate batch: train, score, and for each variant select, cycle, expected
-    "Where the time of a candidate batch goes: plain training step, scoring pass, selection and buffer, the whole cycle"
+) -> dict: # Medians and quartiles in ms a candidate batch: train, score, and for each variant select, gather, rest, cycle, expected
+    "Where the time of a candidate batch goes: plain training step, scoring pass, selection, gathering, the whole cycle"
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == 'bf16' else None
     gen = torch.Generator().manual_seed(0)
@@ -73,16 +73,21 @@ def measure_times(
             for _ in range(batches)]
     loss_func,opt = nn.CrossEntropyLoss(),torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
     make = lambda **kw: SelectiveBackprop(model, loss_func, bs, start=0, seed=0, autocast=autocast, **kw)
-    scorer,selecting,cycling,scored = make(),[make(**kw) for kw in variants],[make(**kw) for kw in variants],[]
-    for sb in selecting: sb._score = lambda _: scored[0] # `offer` without its scoring pass
+    scorer,selecting,cycling = make(),[make(**kw) for kw in variants],[make(**kw) for kw in variants]
+    scored = chosen = None
 
     def step(xb, yb):
         opt.zero_grad()
         with autocast or nullcontext(): loss = loss_func(model(xb).float(), yb)
         loss.backward()
         opt.step()
-    def score(batch): scored[:] = [scorer._score(batch)]
-    def offer(sb, batch): sb.offer(batch)
+    def score(batch):
+        nonlocal scored
+        scored = scorer._score(batch)
+    def choose(sb):
+        nonlocal chosen
+        chosen = sb._choose(*scored, None)
+    def gather(sb, batch): sb._keep(batch, chosen, bs)
     def cycle(sb):
         for xb,yb in sb.batches(data): step(xb, yb)
 
@@ -94,7 +99,7 @@ def measure_times(
             other,batch = (data[(r*len(variants)+i+j) % batches] for j in (0,1))
             t = _timed(step, *other, device=device)
             s = _timed(score, batch, device=device)
-            parts.append((t, s, _timed(offer, sb, batch, device=device)))
+            parts.append((t, s, _timed(choose, sb, device=device), _timed(gather, sb, batch, device=device)))
         t,s = np.mean(parts, 0)[:2] # means, as a cycle's time is a mean over its batches
         cycles = []
         for sb in cycling:
@@ -103,12 +108,12 @@ def measure_times(
             cycles.append((ms, (sb.counts['bp']-before)/(batches*bs)))
         if r == 0: continue # warming up
         train_ms += [p[0] for p in parts]; score_ms += [p[1] for p in parts]
-        for row,part,(ms,kept) in zip(rows, parts, cycles): row.append((part[2], ms, kept, s+kept*t))
+        for row,part,(ms,kept) in zip(rows, parts, cycles): row.append((*part[2:], ms-s-kept*t-part[2]-part[3], ms, kept, s+kept*t))
     train,score_,res = _spread(train_ms),_spread(score_ms),[]
     for kw,row in zip(variants, rows):
-        sel,cyc,kept,exp = zip(*row)
-        v = dict(**kw, select=_spread(sel), kept=round(float(np.mean(kept)), 4), cycle=_spread(cyc), expected=_spread(exp))
-        v['select_share'] = round(v['select']['median']/train['median'], 5)
+        sel,gat,rest,cyc,kept,exp = zip(*row)
+        v = dict(**kw, select=_spread(sel), gather=_spread(gat), rest=_spread(rest), kept=round(float(np.mean(kept)), 4), cycle=_spread(cyc), expected=_spread(exp))
+        v['select_share'] = round((v['select']['median']+v['gather']['median'])/train['median'], 5)
         v['cycle_ratio'] = round(v['cycle']['median']/v['expected']['median'], 4)
         res.append(v)
     return dict(train=train, score=score_, score_share=round(score_['median']/train['median'], 4), variants=res)
@@ -307,10 +312,11 @@ def overhead_table(
     res:dict, # What `overhead` returned or wrote
 ) -> pd.DataFrame: # A row for each model, precision and variant; times in ms a candidate batch
     "The times in the result `res` as a table"
+    med = lambda o, digits=2: round(o['median'], digits)
     return pd.DataFrame([{'model':r['model'], 'precision':r['precision'], 'beta':v['beta'], 'draw':_draw(v), 'batching':v['batching'],
-        'plain step':round(r['train']['median'], 2), 'scoring':round(r['score']['median'], 2), 'select+buffer':round(v['select']['median'], 3),
-        '% of step':round(100*v['select_share'], 2), 'kept':round(v['kept'], 3), 'cycle':round(v['cycle']['median'], 2),
-        'score+kept*step':round(v['expected']['median'], 2), 'ratio':round(v['cycle_ratio'], 3)} for r in res['runs'] for v in r['variants']])
+        'plain step':med(r['train']), 'kept':round(v['kept'], 3), 'scoring':med(r['score']), 'selection':med(v['select'], 3), 'gather':med(v['gather'], 3),
+        'training':round(v['kept']*r['train']['median'], 2), 'waiting, rest':med(v['rest']), 'cycle':med(v['cycle']),
+        'cycle/(scoring+training)':round(v['cycle_ratio'], 3)} for r in res['runs'] for v in r['variants']])
 
 def memory_table(
     res:dict, # What `overhead` returned or wrote
@@ -332,7 +338,7 @@ def plot_overhead(
     vs,step,score = run['variants'],run['train']['median'],run['score']['median']
     if ax is None: _,ax = plt.subplots(figsize=(8,3.6))
     names = ['a plain step', *(f"beta={v['beta']}, {_draw(v)}, {v['batching']}" for v in vs)]
-    parts = {'scoring': [0]+[score]*len(vs), 'selection + buffer': [0]+[v['select']['median'] for v in vs],
+    parts = {'scoring': [0]+[score]*len(vs), 'selection, gathering': [0]+[v['select']['median']+v['gather']['median'] for v in vs],
              'training (kept x step)': [step]+[v['kept']*step for v in vs]}
     left = np.zeros(len(names))
     for (label,ms),colour in zip(parts.items(), ('tab:blue','tab:red','tab:orange')):
@@ -507,7 +513,7 @@ def _tell(message):
     print(f"fastsb.bench: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-command_modules = () # modules beside this one that hold commands too
+command_modules = ('agreement',) # modules beside this one that hold commands too
 
 def main(
     argv:list|None=None, # The command's name and its options; None: those of the command line

@@ -12,7 +12,7 @@ import torch
 from fastsb import bench
 
 root = Path(__file__).parent.parent
-PARTS = {"beta", "exact", "batching", "select", "kept", "cycle", "expected", "select_share", "cycle_ratio"}
+PARTS = {"beta", "exact", "batching", "select", "gather", "rest", "kept", "cycle", "expected", "select_share", "cycle_ratio"}
 
 
 def run(*args, cwd=None):
@@ -32,9 +32,9 @@ def check_result(res, bs, names):
         assert [(v["beta"], v["exact"], v["batching"]) for v in r["variants"]] == [tuple(v.values()) for v in bench.variants]
         for v in r["variants"]:
             assert set(v) == PARTS and 0 < v["kept"] <= 1
-            assert v["select_share"] == pytest.approx(v["select"]["median"] / r["train"]["median"], abs=1e-4)
+            assert v["select_share"] == pytest.approx((v["select"]["median"] + v["gather"]["median"]) / r["train"]["median"], abs=1e-4)
             assert v["cycle_ratio"] == pytest.approx(v["cycle"]["median"] / v["expected"]["median"], abs=1e-3)
-        for q in [r["train"], r["score"], *(v[k] for v in r["variants"] for k in ("select", "cycle", "expected"))]:
+        for q in [r["train"], r["score"], *(v[k] for v in r["variants"] for k in ("select", "gather", "cycle", "expected"))]:
             lo, hi = q["iqr"]
             assert 0 < lo <= q["median"] <= hi
     for r in res["runs"][::2]:
