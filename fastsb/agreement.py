@@ -23,7 +23,7 @@ from .bench import _check_int, _line, _threads, _timed, check_device, check_out,
 from .cache import ItemTracker, LossCache
 from .callback import Autocast
 from .data import get_model, image_dls, load_arrays, models, small_resnet
-from .score import Proxy, Scorer
+from .score import Doubtful, Proxy, Scorer
 
 # %% ../nbs/42_agreement.ipynb #1e0609db
 def scorers_to_compare(
@@ -32,9 +32,9 @@ def scorers_to_compare(
 ) -> dict: # Of new `Scorer`s, by name
     "The scorers that the command `scorers` compares"
     return {'model': Scorer(), 'bf16': Scorer(precision='bf16'), 'bf16, size .75': Scorer(precision='bf16', size=.75),
-            'bf16, size .625': Scorer(precision='bf16', size=.625), 'bf16, size .5': Scorer(precision='bf16', size=.5),
-            'proxy': Proxy(small_resnet(c_in, n_out, width=8), every=4, precision='bf16'),
-            'proxy, size .5': Proxy(small_resnet(c_in, n_out, width=16), every=4, precision='bf16', size=.5)}
+            'bf16, size .5': Scorer(precision='bf16', size=.5), 'bf16, doubtful .4': Doubtful(.4, precision='bf16'),
+            'bf16, doubtful .3': Doubtful(.3, precision='bf16'), 'proxy, width 8': Proxy(small_resnet(c_in, n_out, width=8), every=4, precision='bf16'),
+            'proxy, width 32': Proxy(small_resnet(c_in, n_out, width=32), every=4, precision='bf16')}
 
 def overlap(
     scores:torch.Tensor, # (B,)
@@ -67,8 +67,9 @@ class Compare(Callback):
         when = next((k for k,(a,b) in self.when.items() if a <= self.epoch <= b), None)
         if when is not None and self.iter % self.every == 0 and len(self.yb[0]) == self.dls.train.bs:
             true = Scorer(precision='fp32')(batch, self.model, loss_func)[0].cpu()
-            scores = {k: s(batch, self.model, loss_func)[0].cpu() for k,s in self.scorers.items()}
-            if self.cache.times(self.items).min() > 0: scores['remembered'] = self.cache.losses(self.items).cpu()
+            known = self.cache.losses(self.items)
+            scores = {k: s(batch, self.model, loss_func, **(dict(remembered=known) if s.remembers else {}))[0].cpu() for k,s in self.scorers.items()}
+            if known.isfinite().all(): scores['remembered'] = known.cpu()
             if self.mirror: scores['mirror image'] = Scorer(precision='bf16')((self.x.flip(-1),*self.yb), self.model, loss_func)[0].cpu()
             for k,s in scores.items():
                 self.rows.append(dict(scorer=k, when=when, epoch=self.epoch, overlap=overlap(s, true), spearman=float(spearmanr(s, true).statistic)))
@@ -100,7 +101,8 @@ def measure_prices(
         with autocast: loss = loss_func(model(batch[0]).float(), batch[1])
         loss.backward()
         opt.step()
-    def score(s): s(batch, model, loss_func, autocast=autocast)
+    known = torch.rand(bs, generator=gen).to(device)
+    def score(s): s(batch, model, loss_func, autocast=autocast, **(dict(remembered=known) if s.remembers else {}))
     def learn(s):
         s._since = s.every # it is time
         s.trained(batch, model, loss_func, autocast=autocast)
@@ -152,10 +154,12 @@ def scorers(
         with learn.no_bar(): learn.fit_one_cycle(epochs)
     rows = pd.DataFrame(compare.rows).groupby(['when','scorer'], sort=False)[['overlap','spearman']].agg(['mean','std','count'])
     columns = {'overlap':('overlap','mean'), 'overlap_std':('overlap','std'), 'spearman':('spearman','mean'), 'spearman_std':('spearman','std')}
-    agreement = [dict(when=w, scorer=s, batches=int(r['overlap','count']), **{k: round(float(r[c]), 4) for k,c in columns.items()}) for (w,s),r in rows.iterrows()]
+    agreement = [dict(when=w, scorer=k, batches=int(r['overlap','count']), **{n: round(float(r[c]), 4) for n,c in columns.items()})
+                 for (w,k),r in rows.iterrows()]
     what = dict(data='an .npz file' if data else dataset, items=len(pick), model=model, epochs=epochs, bs=bs, seed=seed,
         training='bf16, one cycle up to 0.1, SGD with Nesterov momentum 0.9, weight decay 5e-4, random crop after padding by 4, flip',
-        when={k: v[0]+1 for k,v in when.items()}, proxy='small_resnet of width 8 (size .5: 16), every=4, trained on all batches',
+        when={k: v[0]+1 for k,v in when.items()}, proxy='small_resnet, every=4, trained on all batches',
+        remembered='moving average of the training losses, momentum 0.5',
         true='loss of the model in training, eval mode, fp32, on the same augmented images')
     res = dict(command=line, **env, config=what, prices=prices, agreement=agreement)
     path.write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')

@@ -112,7 +112,8 @@ def measure_times(
     train,score_,res = _spread(train_ms),_spread(score_ms),[]
     for kw,row in zip(variants, rows):
         sel,gat,rest,cyc,kept,exp = zip(*row)
-        v = dict(**kw, select=_spread(sel), gather=_spread(gat), rest=_spread(rest), kept=round(float(np.mean(kept)), 4), cycle=_spread(cyc), expected=_spread(exp))
+        v = dict(**kw, select=_spread(sel), gather=_spread(gat), rest=_spread(rest), kept=round(float(np.mean(kept)), 4),
+                 cycle=_spread(cyc), expected=_spread(exp))
         v['select_share'] = round((v['select']['median']+v['gather']['median'])/train['median'], 5)
         v['cycle_ratio'] = round(v['cycle']['median']/v['expected']['median'], 4)
         res.append(v)

@@ -87,7 +87,7 @@ class SelectiveBackpropCallback(Callback):
     @property
     def caches(self) -> bool:
         "Are losses remembered from epoch to epoch?"
-        return (self.remembered or self.stale > 1) and self.selector.keep != 1
+        return (self.remembered or self.stale > 1 or self.scorer.remembers) and self.selector.keep != 1
 
     def __repr__(self): return f"{type(self).__name__}({self.selector}, start={self.start}, end={self.end}, batching={self.batching!r})"
 
@@ -202,9 +202,12 @@ class SelectiveBackpropCallback(Callback):
         self.selector.at(self.pct_train)
         items = None if self._tracker is None else self._tracker.items.to(self.yb[0].device, non_blocking=True)
         batch = (*self.xb, *self.yb) if self.cache is None else (*self.xb, *self.yb, items) # where losses are remembered, each row says whose it is
-        ready = e.offer(batch, self.selecting() if self._plan == 'now' else self._plan == 'score', items=items)
+        known = self.cache.losses(items) if self.scorer.remembers and self.cache is not None else None
+        ready = e.offer(batch, self.selecting() if self._plan == 'now' else self._plan == 'score', items=items, remembered=known)
         if self.cache is not None:
-            if not e.whole: self.cache.update(items, e.scores, self.epoch, trained=False)
+            if not e.whole:
+                fresh = self.scorer.scored if self.scorer.remembers else slice(None)
+                self.cache.update(items[fresh], e.scores[fresh], self.epoch, trained=False)
             if self._plan != 'whole' and e._skipped: e.fractions[-1] *= self._loaded_share
         if not ready:
             self.learn.yb = () # so that Recorder passes over it

@@ -168,9 +168,10 @@ class SelectiveBackprop:
 
     def _how(self): return dict(forward=self.forward, per_item=self.per_item, autocast=self.autocast, n_inp=self.n_inp)
 
-    def _score(self, batch):
+    def _score(self, batch, remembered=None):
+        known = dict(remembered=remembered, keep=self.selector.keep) if self.scorer.remembers else {}
         self.clock.start('scoring', self.device)
-        res = self.scorer(batch, self.model, self.loss_func, **self._how())
+        res = self.scorer(batch, self.model, self.loss_func, **known, **self._how())
         self.clock.stop('scoring')
         return res
 
@@ -212,6 +213,7 @@ class SelectiveBackprop:
         batch, # Nested tuple/list/dict of tensors, on the model's device
         select:bool=True, # False: train on everything
         items:Tensor|None=None, # (B,) long: which items of the data set these are, for selectors that need to know
+        remembered:Tensor|None=None, # (B,) losses that are remembered of them, for `Doubtful`
     ) -> list: # Of (batch of the same structure, weights of its rows or None)
         "Score the candidates in `batch` and select from them. Returns what is ready to be trained on: no batch, one, or several"
         n,never = n_rows(batch),self.selector.keep == 1
@@ -228,10 +230,10 @@ class SelectiveBackprop:
             self.counts['bp'] += n
             self.fractions.append(1.)
             return [(batch,None)] if never else self._offered([(batch,None)])
-        self.scores,pred,yb = self._score(batch)
+        self.scores,pred,yb = self._score(batch, remembered)
         s = self._choose(self.scores, pred, yb, items)
         ready = self._keep(batch, s, n)
-        self.counts['fp'] += n; self.counts['bp'] += sum(n_rows(b) for b,_ in ready)
+        self.counts['fp'] += self.scorer.count(n); self.counts['bp'] += sum(n_rows(b) for b,_ in ready)
         self.fractions.append(len(s.idx)/n)
         return self._offered(ready)
 

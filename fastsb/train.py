@@ -17,6 +17,7 @@ from fastcore import script
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse, is_cli
 from .callback import Autocast, SelectiveBackpropCallback
+from .score import Scorer
 from .select import Absolute, GradNorm, Hybrid, LowK, OrderedPool, Percentile, Random, Threshold, TopK
 from .data import datasets, get_model, image_dls, load_arrays, models
 from .plot import plot_fractions
@@ -121,7 +122,7 @@ def _anno_parser(func, *args, _make=script.anno_parser, **kwargs):
 script.anno_parser = _anno_parser
 
 # %% ../nbs/31_train.ipynb #8e9c9c62
-def _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_perc, rescale, start, fp_selector, staleness, seed):
+def _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_perc, rescale, start, fp_selector, staleness, score, seed):
     "Make `learn` choose what it trains on, as the options say"
     if strategy == 'nofilter': return
     if strategy == 'infobatch': learn.infobatch(seed=seed)
@@ -134,7 +135,7 @@ def _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_per
             selector = dict(random=partial(Random, keep, seed=seed), topk=partial(TopK, keep), lowk=partial(LowK, keep),
                             threshold=partial(Threshold, threshold), gradnorm=partial(GradNorm, seed=seed),
                             orderedpool=partial(OrderedPool, keep=keep, seed=seed))[strategy]()
-        learn.selective_backprop(selector=selector, start=start, rescale=rescale, score='model' if fp_selector in ('alwayson','stale') else fp_selector,
+        learn.selective_backprop(selector=selector, start=start, rescale=rescale, score=score if fp_selector in ('alwayson','stale') else fp_selector,
                                  stale=staleness if fp_selector == 'stale' else 1)
 
 def _learner(dataset, data, data_dir, model, batch_size, learning_rate, data_augmentation, cutout, length, seed, bf16):
@@ -169,6 +170,8 @@ def fastsb_train(
     rescale:str='mean', # Loss of what is kept: mean, sum (over the kept / candidates) or inverse (to the probability, unbiased)
     fp_selector:str='alwayson', # Scores: alwayson (each epoch), stale (every --staleness epochs, remembered in between), cached (training's own), two_stage
     staleness:int=3, # Epochs that a score of --fp_selector stale is used
+    score_size:float=1., # Make images smaller by this factor to score them (alwayson)
+    score_precision:str=None, # Precision of the scoring pass: bf16, fp16 or fp32 (default: as in training)
     start:int=1, # Epochs that train on everything before selection begins
     data_augmentation:bool=False, # Shift training images at random, and flip them (digits and svhn are not flipped)
     cutout:bool=False, # Cut a square out of each training image
@@ -188,9 +191,10 @@ def fastsb_train(
         _check('keep', keep, Real, 0, 1, above=True); _check('min_loss_perc', min_loss_perc, Real, 0, 1); _check('threshold', threshold, Real, 0)
         _check('learning_rate', learning_rate, Real, 0, above=True); _check('prob_pow', prob_pow, Real, 0); _check('seed', seed, Integral, 0, 2**32-1)
         if length is not None: _check('length', length, Integral, 1)
+        score = Scorer(score_precision, score_size)
         sched = None if lr_sched is None else read_lr_sched(lr_sched)
         learn = _learner(dataset, data, data_dir, model, batch_size, learning_rate, data_augmentation, cutout, length, seed, bf16)
-        _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_perc, rescale, start, fp_selector, staleness, seed)
+        _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_perc, rescale, start, fp_selector, staleness, score, seed)
         out = _make_dir(output_dir)
     with _cli():
         report = EpochReport(out/'log.csv')

@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastsb.all import (BatchLossFilterCallback, GradNorm, Percentile, Proxy, ReducibleLoss, Scorer, SelectiveBackprop, SelectiveBackpropCallback, TopK,
-                        as_scorer)
+from fastsb.all import (BatchLossFilterCallback, Doubtful, GradNorm, Percentile, Proxy, ReducibleLoss, Scorer, SelectiveBackprop,
+                        SelectiveBackpropCallback, TopK, as_scorer)
 from fastsb.data import image_dls, load_arrays
 
 
@@ -307,3 +307,56 @@ def test_inductor_gives_the_same_scores():
 def test_as_scorer_gives_back_a_scorer():
     s = Scorer(size=0.5)
     assert as_scorer(s) is s and repr(s) == "Scorer(size=0.5)" and as_scorer("model").own and not s.own
+
+
+# only those in doubt ----------------------------------------------------------------------------------------------------------------
+def test_doubtful_in_a_fit_against_an_account_kept_here():
+    "Which rows are scored afresh, what the others count as, and what is remembered: followed by hand through a whole fit"
+    B, share, n = 64, 0.25, 512
+    seen, memory = [], torch.full((n,), torch.nan)
+
+    class Watch(Doubtful):
+        def __call__(self, batch, model, loss_func, remembered=None, keep=None, **how):
+            items, mem = batch[-1], remembered.clone()
+            scores, *rest = super().__call__(batch, model, loss_func, remembered=remembered, keep=keep, **how)
+            assert keep == 0.5
+            torch.testing.assert_close(mem, memory[items], equal_nan=True)
+            order = mem.numpy().argsort()
+            nearest = sorted(range(B), key=lambda i: abs(i + 0.5 - B / 2))[: int(share * B)]
+            assert set(self.scored.tolist()) == {int(order[i]) for i in nearest}
+            model.eval()
+            with torch.no_grad():
+                x, y = (t.as_subclass(torch.Tensor) for t in batch[:2])
+                true = F.cross_entropy(model(x), y, reduction="none")
+            model.train()
+            want = mem.clone()
+            want[self.scored] = true[self.scored]
+            torch.testing.assert_close(scores, want)
+            memory[items[self.scored]] = 0.5 * memory[items[self.scored]] + 0.5 * true[self.scored]
+            seen.append(len(self.scored))
+            return scores, *rest
+
+    class Train(Spy):
+        order = 60
+
+        def after_loss(self):
+            if self.training:
+                l = F.cross_entropy(self.pred.detach().as_subclass(torch.Tensor), self.y.as_subclass(torch.Tensor), reduction="none")
+                items = self.learn.sb._row_items
+                memory[items] = torch.where(memory[items].isnan(), l, 0.5 * memory[items] + 0.5 * l)
+
+    learn = image_learner(n, B, cbs=Train()).selective_backprop(score=Watch(share))
+    quiet_fit(learn, 3)
+    assert seen == [16] * 16 and learn.sb.counts == dict(candidates=3 * n, fp=16 * 16, bp=n + n)
+    torch.testing.assert_close(learn.sb.cache.losses(), memory, rtol=1e-4, atol=1e-5)
+
+
+def test_doubtful_needs_to_remember():
+    with pytest.raises(ValueError, match="remembered="):
+        drive(Doubtful())
+    torch.manual_seed(0)
+    sb = SelectiveBackprop(digits_model(), nn.CrossEntropyLoss(), 16, start=0, score=Doubtful(0.5))
+    x, y = torch.randn(32, 64), torch.arange(32) % 10
+    assert len(sb.offer((x, y), remembered=torch.rand(32))) == 1 and sb.counts == dict(candidates=32, fp=16, bp=16)
+    with pytest.raises(ValueError, match="MixUp"):
+        quiet_fit(image_learner(cbs=MixUp()).selective_backprop(score=Doubtful()), 2)
