@@ -313,6 +313,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastsb.equal_time.paper_table': ('equal_time.html#paper_table', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.plot_equal_time': ('equal_time.html#plot_equal_time', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.price_name': ('equal_time.html#price_name', 'fastsb/equal_time.py'),
+                                   'fastsb.equal_time.ratio_interval': ('equal_time.html#ratio_interval', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.read_lines': ('equal_time.html#read_lines', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.report': ('equal_time.html#report', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.run': ('equal_time.html#run', 'fastsb/equal_time.py'),

@@ -7,8 +7,8 @@ __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts
            'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'HeldOut', 'method_settings',
            'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines', 'append_line', 'run_key',
            'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired', 'equal_time_table',
-           'budget_to_reach', 'time_to_plain', 'plot_equal_time', 'noise_table', 'time_to_error', 'paper_table',
-           'markdown', 'report']
+           'budget_to_reach', 'ratio_interval', 'time_to_plain', 'plot_equal_time', 'noise_table', 'time_to_error',
+           'paper_table', 'markdown', 'report']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -57,9 +57,9 @@ def train_seconds(
 
 def no_counts(
     scorer:str|None=None, # Whose price a scored item has, see `price_name`; None: nothing is scored
-) -> dict: # steps {rows: how many}; loads, fp: items; offered, scored, remembered: batches; chosen: items that an epoch was chosen from
+) -> dict: # steps {rows: how many}; loads, fp: items; offered, scored, observed, remembered: batches; chosen: items that epochs were chosen from
     "Counts of a training that has not begun"
-    return dict(scorer=scorer, steps={}, loads=0, fp=0, offered=0, scored=0, remembered=0, chosen=0)
+    return dict(scorer=scorer, steps={}, loads=0, fp=0, offered=0, scored=0, observed=0, remembered=0, chosen=0)
 
 def spent(
     counts:dict, # Counts of a training, as a `Budget` keeps them
@@ -69,7 +69,8 @@ def spent(
     price = costs['score'].get(counts['scorer'], dict(item=0., learn=0.))
     rows,n = (np.array(list(o), dtype=float) for o in (counts['steps'],counts['steps'].values()))
     return float((train_seconds(costs, rows)*n).sum() + counts['loads']*costs['load'] + counts['fp']*price['item'] + counts['offered']*price['learn']
-                 + counts['scored']*costs['select'] + counts['remembered']*costs['remember'] + counts['chosen']*costs['choose'])
+                 + counts['scored']*costs['select'] + counts['observed']*costs['observe'] + counts['remembered']*costs['remember']
+                 + counts['chosen']*costs['choose'])
 
 def epoch_seconds(
     costs:dict, # What `measure_costs` returned
@@ -97,7 +98,7 @@ def measure_costs(
     precision:str='bf16', # One of `fastsb.bench.precisions`
     scorers:tuple=(), # The `Scorer`s whose price is asked for
     reps:int=9, # Rounds, after two that are not counted
-) -> dict: # Seconds: train {rows: s}, score {name: dict(item, learn)}, load an item, select and remember a batch, choose an item of an epoch
+) -> dict: # Seconds: train {rows: s}, score {name: dict(item, learn)}, load an item, select, observe and remember a batch, choose an item of an epoch
     "The prices of all that training and selecting consist of, on the machine at hand: medians over the rounds"
     bs,n = dls.train.bs,len(dls.train.dataset)
     if n < bs: raise ValueError(f"items: {n} training images do not fill a batch of bs={bs}; use more images or a smaller bs.")
@@ -112,24 +113,24 @@ def measure_costs(
         ms = _timed(f, device=device)
         if at['i'] >= 2*len(rows): times.setdefault(name, []).append(ms/1000/per)
 
-    def remember(pred, yb): cache.update(torch.arange(bs, device=device), engine.observe(pred, *yb), 1)
-
     def shorten():
         dl = dls.train.new()
         chosen,_,_ = choose(cache, Percentile(seed=0), 1, probs=False)
         timed('order', lambda: shortened(dl, chosen).start().stop(), n)
 
+    def score(s, batch):
+        known = dict(remembered=torch.rand(bs, device=device)) if s.remembers else {}
+        timed(('item',price_name(s)), lambda: s(batch, **known, **how), s.count(bs))
+        if s.learns: timed(('learn',price_name(s)), lambda: [s.trained(batch, **how) for _ in range(s.every)], s.every)
+
     def prices(batch):
-        for s in scorers:
-            known = dict(remembered=torch.rand(bs, device=device)) if s.remembers else {}
-            timed(('item',price_name(s)), lambda: s(batch, **known, **how), s.count(bs))
-            every = s.every if s.learns else 0
-            if every: timed(('learn',price_name(s)), lambda: [s.trained(batch, **how) for _ in range(every)], every)
-        res = Scorer()(batch, **how)
-        chosen = []
+        for s in scorers: score(s, batch)
+        losses,pred,yb = res = Scorer()(batch, **how)
+        chosen,items = [],torch.arange(bs, device=device)
         timed('pick', lambda: chosen.append(engine._choose(*res, None)))
         timed('gather', lambda: engine._keep(batch, chosen[0], bs))
-        timed('remember', lambda: remember(*res[1:]))
+        timed('observe', lambda: engine.observe(pred, *yb))
+        timed('remember', lambda: cache.update(items, losses, 1))
         timed('choose', lambda: choose(cache, Percentile(seed=0), 1, probs=False), n)
         shorten()
 
@@ -147,8 +148,8 @@ def measure_costs(
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, 1e-3, cbs=_NoValidation())
     med = lambda k: round(float(np.median(times[k])), 10)
     score = {k: dict(item=med(('item',k)), learn=med(('learn',k)) if ('learn',k) in times else 0.) for k in map(price_name, scorers)}
-    return dict(train={str(r): med(r) for r in rows}, score=score, load=med('load'), select=round(med('pick')+med('gather'), 10), remember=med('remember'),
-                choose=round(med('choose')+med('order'), 12))
+    return dict(train={str(r): med(r) for r in rows}, score=score, load=med('load'), select=round(med('pick')+med('gather'), 10), observe=med('observe'),
+                remember=med('remember'), choose=round(med('choose')+med('order'), 12))
 
 class _NoValidation(Callback):
     "Leaves fastai's validation out"
@@ -178,12 +179,12 @@ class Budget(Callback):
         if examples is not None: _check_int('examples', examples, 1)
         for k in no_counts():
             if counts is not None and k not in counts: raise ValueError(f"counts: no {k!r} in it; pass what a Budget has counted.")
-        for k in ('train','score','load','select','remember','choose'):
+        for k in ('train','score','load','select','observe','remember','choose'):
             if k not in costs: raise ValueError(f"costs: no {k!r} in it; pass what measure_costs returned.")
         if not min(costs['train'].values(), default=0) > 0: raise ValueError(f"costs: a training step must cost something, not {costs['train']}.")
         self.seconds,self.costs,self.scorer,self.before,self.examples = seconds,costs,scorer,counts,examples
-        if self.before is not None and spent(self.before, costs) >= seconds:
-            raise ValueError(f"counts: {spent(self.before, costs):.3g} s were spent before, nothing is left of seconds={seconds:.3g}.")
+        if counts is not None and spent(counts, costs) >= seconds:
+            raise ValueError(f"counts: {spent(counts, costs):.3g} s were spent before, nothing is left of seconds={seconds:.3g}.")
 
     def before_fit(self):
         "Begin to count, unless this is a learning-rate search or a prediction"
@@ -192,9 +193,9 @@ class Budget(Callback):
         cb = chooser(self.learn)
         scorer = self.scorer or (price_name(cb.scorer) if cb is not None else None)
         if cb is not None and not cb.remembered and cb.selector.keep != 1 and scorer not in self.costs['score']:
-            raise ValueError(f"costs: they hold no price of {scorer}, only of {', '.join(self.costs['score']) or 'nothing'}; measure_costs can be asked for it.")
-        self.counts = dict(no_counts(scorer), **({} if self.before is None else {**{k:v for k,v in self.before.items() if k != 'scorer'},
-                                                                                 'steps':dict(self.before['steps'])}))
+            raise ValueError(f"costs: they hold no price of {scorer}, only of {', '.join(self.costs['score']) or 'no scorer'}; ask measure_costs for it.")
+        before = no_counts() if self.before is None else self.before
+        self.counts = dict(before, scorer=scorer, steps=dict(before['steps']))
         self.spent = self._start = spent(self.counts, self.costs)
         self.trained = self._fp = 0
         self.over = False
@@ -224,7 +225,8 @@ class Budget(Callback):
             c['offered'] += 1
             c['fp'] += fp
             c['scored'] += fp > 0
-            c['remembered'] += stepped and (cb.engine.whole or cb.cache is not None)
+            c['observed'] += stepped and (cb.engine.whole or cb.cache is not None)
+            c['remembered'] += (stepped + (fp > 0))*(cb.cache is not None)
             if self.iter == 0 and cb._short is not None: c['chosen'] += len(self.dls.train.dataset)
         self.spent = spent(c, self.costs)
         self.over = self.progress >= 1-1e-9
@@ -254,20 +256,20 @@ class Curve(Callback):
         points:int|None=8, # How often; the last time is at the end. None: after each epoch, and at the end
     ): self.points = points
 
-    def before_fit(self): self.points_seen,self.curve,self.seconds = 0,[],0.
+    def before_fit(self): self.seen,self.record,self.seconds = 0,[],0.
 
     def _evaluate(self):
         t = time.perf_counter()
         loss,acc = evaluate(self.learn)
         epoch = self.epoch + (self.iter+1)/self.n_iter
-        self.curve.append([round(self.learn.budget.spent, 6), round(epoch, 3), round(loss, 6), round(acc, 6)])
+        self.record.append([round(self.learn.budget.spent, 6), round(epoch, 3), round(loss, 6), round(acc, 6)])
         self.seconds += time.perf_counter()-t
 
     def after_batch(self):
         b = self.learn.budget
         seen = int(b.progress*self.points + 1e-9) if self.points else 0
-        if seen > self.points_seen or b.over: self._evaluate()
-        self.points_seen = seen
+        if seen > self.seen or b.over: self._evaluate()
+        self.seen = seen
 
     def after_train(self):
         if not self.points and not self.learn.budget.over: self._evaluate()
@@ -301,8 +303,7 @@ class HeldOut:
         held,rest = np.split(perm, [max(2, round(self.share*len(perm)))])
         learn,budget = d.learner(held),Budget(self.share*seconds, costs, scorer='Scorer()')
         _fit(learn, [budget, _NoValidation()], d.lr)
-        dls = d.dls(rest)
-        learn.dls = dls
+        learn.dls = d.dls(rest)
         losses = irreducible_losses(learn)
         return ReducibleLoss(losses, keep=self.keep),rest,dict(budget.counts, fp=budget.counts['fp']+len(rest))
 
@@ -453,12 +454,13 @@ def configuration(
         except TypeError as e: raise ValueError(str(e)) from None
     if lr == 0: raise ValueError("lr=0 would train nothing: it must be above 0.")
     if noise and labels: raise ValueError(f"noise={noise} and labels={labels!r}: pass one of them, either makes labels wrong.")
-    x = _arrays(dataset, data, labels, items)[0]
+    x,y,xt,yt,_ = _arrays(dataset, data, labels, items)
     if len(x) < bs: raise ValueError(f"bs={bs} is more than the {len(x)} training images; use a smaller bs.")
-    plain = data is None and dataset == 'digits'
+    plain,few = data is None and dataset == 'digits',max(1, len(x)//100)
+    checksum = zlib.crc32(b''.join(np.ascontiguousarray(o).tobytes() for o in (x[::few],y,xt[::few],yt)))
     return dict(protocol=protocol, data=Path(data).name if data else None, dataset=None if data else dataset, labels=labels, noise=float(noise),
-        items=items, image=list(x.shape[1:]), model=model, width=(width or 32) if model == 'small' else None, bs=bs, precision=precision, lr=float(lr),
-        wd=float(wd), momentum=float(momentum), augment=not plain, flip=data is not None or dataset not in ('digits','svhn'))
+        items=items, checksum=checksum, image=list(x.shape[1:]), model=model, width=(width or 32) if model == 'small' else None, bs=bs,
+        precision=precision, lr=float(lr), wd=float(wd), momentum=float(momentum), augment=not plain, flip=data is not None or dataset not in ('digits','svhn'))
 
 # %% ../nbs/43_equal_time.ipynb #2976d5dd
 def run(
@@ -489,11 +491,12 @@ def run(
     if d.device.type == 'cuda': torch.cuda.synchronize(d.device)
     wall,main = time.perf_counter()-t-curve.seconds,{k: b.counts[k]-(before or no_counts())[k] for k in ('loads','fp')}
     offered = learn.sb.counts['candidates'] if kw is not None else main['loads']
-    _,epochs,loss,acc = curve.curve[-1]
+    _,epochs,loss,acc = curve.record[-1]
     env = environment(d.device)
     return dict(kind='run', config=config, method=method, settings=settings, seed=seed, budget=float(budget), budget_s=round(seconds, 6),
         spent_s=round(b.spent, 6), wall_s=round(wall, 3), accuracy=acc, loss=loss, epochs=epochs, kept=round(b.trained/offered, 5),
-        scored=round(main['fp']/offered, 5), loaded=round(main['loads']/offered, 5), items=len(d.x), init=init, counts=b.counts, curve=curve.curve, costs=costs, **env)
+        scored=round(main['fp']/offered, 5), loaded=round(main['loads']/offered, 5), items=len(d.x), init=init, counts=b.counts,
+        curve=curve.record, costs=costs, **env)
 
 def settings_of(
     method:str, # One of `methods`
@@ -650,9 +653,9 @@ def equal_time(
             append_line(path, line)
             ready += line['budget']
             left = (time.perf_counter()-start)*(total-ready)/ready
-            print(f"[{len(grid)-len(todo)+i+1}/{len(grid)}] budget {line['budget']:g}, {line['method']}, seed {line['seed']}: accuracy {100*line['accuracy']:.2f} %, "
-                  f"loss {line['loss']:.4f}, {line['epochs']:.1f} epochs, kept {line['kept']:.2f}; {line['wall_s']:.1f} s for {line['spent_s']:.1f} s"
-                  + (f"; about {_left(left)} to go" if left else ''), flush=True)
+            print(f"[{len(grid)-len(todo)+i+1}/{len(grid)}] budget {line['budget']:g}, {line['method']}, seed {line['seed']}: "
+                  f"accuracy {100*line['accuracy']:.2f} %, loss {line['loss']:.4f}, {line['epochs']:.1f} epochs, kept {line['kept']:.2f}; "
+                  f"{line['wall_s']:.1f} s on the clock, {line['spent_s']:.1f} s reference time" + (f"; about {_left(left)} to go" if left else ''), flush=True)
         how = dict(costs=costs, device=str(dev), data=data)
         if jobs == 1 or len(todo) < 2:
             for i,(m,seed,b) in enumerate(todo): finished(i, run(config, m, seed, b, **how))
@@ -689,9 +692,9 @@ def runs_table(
 ) -> pd.DataFrame: # A row for each run
     "All runs as a table: what was asked for, what it cost, what came out"
     if not isinstance(runs, list) or not runs or not isinstance(runs[0], dict): runs = load_runs(runs)
+    same = 'method','budget','seed','accuracy','loss','epochs','kept','scored','loaded','budget_s','spent_s','wall_s','curve'
     return pd.DataFrame([dict(setting=_setting(r['config']), base=_setting(r['config'], labels=False), protocol=r['config']['protocol'],
-        labels=r['config']['labels'] or f"{r['config']['noise']:.0%} wrong", **{k: r[k] for k in ('method','budget','seed','accuracy','loss','epochs','kept','scored','loaded')},
-        budget_s=r['budget_s'], spent_s=r['spent_s'], wall_s=r['wall_s'], wall_ref=r['wall_s']/r['spent_s'], curve=r['curve']) for r in runs])
+        labels=r['config']['labels'] or f"{r['config']['noise']:.0%} wrong", **{k: r[k] for k in same}, wall_ref=r['wall_s']/r['spent_s']) for r in runs])
 
 def t_interval(
     xs, # Values, one for each seed
@@ -721,19 +724,18 @@ def equal_time_table(
     budget:float|None=None, # Of one budget only; None: of all
 ) -> pd.DataFrame: # A row for each setting, budget and method; accuracies in %
     "Accuracy and loss at equal time: means, 95 % intervals, and the difference to plain training by pairs of the same seed"
-    rows = []
+    rows,pm = [],lambda name,o: {name:o[0], f'{name} ±':o[1]}
     for (setting,b),group in _equal(runs).groupby(['setting','budget'], sort=False):
         if budget is not None and b != budget: continue
         plain = group[group.method == 'plain']
         for m,g in group.groupby('method', sort=False):
-            acc,diff,ldiff = t_interval(100*g.accuracy),t_interval(100*paired(g, plain)),t_interval(paired(g, plain, 'loss'))
-            loss = t_interval(g.loss)
-            if m == 'plain': diff = ldiff = (math.nan,math.nan)
-            rows.append({'setting':setting, 'budget':b, 'method':m, 'accuracy':acc[0], '±':acc[1], 'to plain':diff[0], '± ':diff[1], 'loss':loss[0], '±  ':loss[1],
-                'loss to plain':ldiff[0], '±   ':ldiff[1], 'seeds':len(g), 'kept':g.kept.mean(), 'scored':g.scored.mean(), 'loaded':g.loaded.mean(),
-                'epochs':g.epochs.mean(), 'wall/ref':g.wall_ref.median()})
+            diffs = [(math.nan,)*2]*2 if m == 'plain' else [t_interval(100*paired(g, plain)),t_interval(paired(g, plain, 'loss'))]
+            rows.append({'setting':setting, 'budget':b, 'method':m, **pm('accuracy', t_interval(100*g.accuracy)), **pm('to plain', diffs[0]),
+                **pm('loss', t_interval(g.loss)), **pm('loss to plain', diffs[1]), 'seeds':len(g), 'kept':g.kept.mean(), 'scored':g.scored.mean(),
+                'loaded':g.loaded.mean(), 'epochs':g.epochs.mean(), 'wall/ref':g.wall_ref.median()})
     df = pd.DataFrame(rows)
-    return df if df.empty else df.sort_values(['setting','budget'], kind='stable').round({k: 4 if 'loss' in k or k in ('±  ','±   ') else 3 for k in df.columns[3:]}).reset_index(drop=True)
+    if df.empty: return df
+    return df.sort_values(['setting','budget'], kind='stable').round({k: 4 if 'loss' in k else 3 for k in df.columns[3:]}).reset_index(drop=True)
 
 # %% ../nbs/43_equal_time.ipynb #fcf4d45c
 def budget_to_reach(
@@ -747,6 +749,23 @@ def budget_to_reach(
     i = int((a >= target).argmax())
     if i == 0: return float(budgets[0]) if a[0] == target else 0.
     return float(np.exp(b[i-1] + (b[i]-b[i-1])*(target-a[i-1])/(a[i]-a[i-1])))
+
+def ratio_interval(
+    budgets, # (k,) a method's budgets, ascending
+    accuracy, # (n,k) its accuracy for each seed
+    b0:float, # A budget of plain training
+    plain, # (n,) accuracy of plain training for each seed
+    draws:int=2000, # Of the bootstrap
+    level:float=.95, # Of confidence
+) -> tuple: # The ratio of budgets, and both ends of its interval: NaN for one seed; 0 means below the first budget, infinity not reached
+    "The share of `b0` in which a method reaches plain training's mean accuracy; the bootstrap draws seeds, each with both of its results"
+    (n,_),rng = np.shape(accuracy),np.random.default_rng(0)
+    def ratio(i): return budget_to_reach(budgets, accuracy[i].mean(0), plain[i].mean())/b0
+    r = ratio(np.arange(n))
+    if n < 2: return r,math.nan,math.nan
+    boot = np.sort([ratio(rng.integers(n, size=n)) for _ in range(draws)]) # ranks, since there is no mean of what is not reached
+    tail = (1-level)/2
+    return r,float(boot[int(tail*draws)]),float(boot[math.ceil((1-tail)*draws)-1])
 
 def _ratio_text(r, first):
     return 'not reached' if r == math.inf else '–' if math.isnan(r) else f'< {first:.2f}' if r == 0 else f'{r:.2f}'
@@ -767,14 +786,10 @@ def time_to_plain(
                 seeds = acc['plain'][b0].dropna().index.intersection(acc[m].dropna(how='all').index)
                 budgets = [b for b in sorted(acc[m].columns) if acc[m].loc[seeds,b].notna().all()]
                 if not len(seeds) or not budgets: continue
-                a,p,first = acc[m].loc[seeds,budgets].to_numpy(),acc['plain'].loc[seeds,b0].to_numpy(),budgets[0]/b0
-                ratio = lambda i: budget_to_reach(budgets, a[i].mean(0), p[i].mean())/b0
-                idx,n = np.random.default_rng(0),len(seeds)
-                boot = np.sort([ratio(idx.integers(n, size=n)) for _ in range(draws if n > 1 else 0)])
-                r,tail = ratio(np.arange(n)),(1-level)/2
-                lo,hi = (boot[int(tail*draws)],boot[math.ceil((1-tail)*draws)-1]) if n > 1 else (math.nan,math.nan) # no mean of what is not reached
+                r,lo,hi = ratio_interval(budgets, acc[m].loc[seeds,budgets].to_numpy(), b0, acc['plain'].loc[seeds,b0].to_numpy(), draws, level)
+                first,n = budgets[0]/b0,len(seeds)
                 rows.append({'setting':setting, 'method':m, 'plain budget':b0, 'ratio':r, 'low':lo, 'high':hi, 'first':first, 'seeds':n,
-                    'time to plain':_ratio_text(r, first), '95 %' if level == .95 else f'{level:.0%}':f'{_ratio_text(lo, first)} … {_ratio_text(hi, first)}'})
+                    'time to plain':_ratio_text(r, first), f'{100*level:g} %':f'{_ratio_text(lo, first)} … {_ratio_text(hi, first)}'})
     return pd.DataFrame(rows)
 
 # %% ../nbs/43_equal_time.ipynb #8d898b05
@@ -798,7 +813,8 @@ def plot_equal_time(
         rows = [(b, *t_interval(g[what]*(100 if what == 'accuracy' else 1))) for b,g in df[df.method == m].groupby('budget')]
         b,mean,err = (np.array(o, dtype=float) for o in zip(*rows))
         b = b*1.012**(i-(len(names)-1)/2) # side by side, so that intervals can be told apart
-        ax.errorbar(b, mean, np.nan_to_num(err), label=m, marker='o', ms=3, capsize=2, lw=2 if m == 'plain' else 1.2, color='black' if m == 'plain' else f'C{i%10}')
+        ax.errorbar(b, mean, np.nan_to_num(err), label=m, marker='o', ms=3, capsize=2, lw=2 if m == 'plain' else 1.2,
+                    color='black' if m == 'plain' else f'C{i%10}')
     ax.set(xscale='log', xlabel='budget, in epochs of plain training', ylabel='accuracy, %' if what == 'accuracy' else 'loss', title=setting)
     ticks = sorted(df.budget.unique())
     ax.set_xticks(ticks, [f'{b:g}' for b in ticks]); ax.minorticks_off()
@@ -847,7 +863,8 @@ def paper_table(
             t0 = np.array([time_to_error(plain.curve[s], target[s]) for s in g.seed])
             err,speed,reached = t_interval(100*(1-g.accuracy)),t_interval((t0/t)[t < math.inf]),int((t < math.inf).sum())
             rows.append({'setting':setting, 'epochs of plain':b, 'method':m, f'seconds to {times:g}x':t[t < math.inf].mean() if reached else math.nan,
-                'times faster':speed[0], '±':speed[1], 'reached':f'{reached} of {len(t)}', 'final error, %':err[0], '± ':err[1], 'seconds in all':g.spent_s.mean()})
+                'times faster':speed[0], 'times faster ±':speed[1], 'reached':f'{reached} of {len(t)}', 'final error, %':err[0], 'final error ±':err[1],
+                'seconds in all':g.spent_s.mean()})
     df = pd.DataFrame(rows)
     return df if df.empty else df.round(3)
 
@@ -857,7 +874,7 @@ def markdown(
 ) -> str:
     "A table in Markdown"
     cell = lambda v: '' if isinstance(v, float) and math.isnan(v) else f'{v:g}' if isinstance(v, float) else str(v)
-    rows = [[str(c).strip() for c in df.columns],['---']*len(df.columns),*([cell(v) for v in r] for r in df.itertuples(index=False))]
+    rows = [[str(c) for c in df.columns],['---']*len(df.columns),*([cell(v) for v in r] for r in df.itertuples(index=False))]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
 @command
@@ -870,12 +887,14 @@ def report(
     if folder.exists() and not folder.is_dir(): raise ValueError(f"out must be a folder, but {str(out)!r} is a file.")
     try: folder.mkdir(exist_ok=True)
     except OSError as e: raise ValueError(f"out: the folder {str(out)!r} cannot be made ({e.strerror}).") from None
-    parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; ± is a 95 % "
-             "interval over seeds; differences to plain training are by pairs of the same seed."]
+    parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
+             "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), scored, "
+             "loaded. wall/ref: real seconds for a second of reference time (of random_scores it means nothing: it pays for passes that it does not make)."]
     equal,ttp = equal_time_table(runs),time_to_plain(runs)
     for i,setting in enumerate(equal.setting.unique() if len(equal) else ()):
         parts.append(f'## {setting}')
-        for b,g in equal[equal.setting == setting].groupby('budget'): parts += [f'Budget: {b:g} epochs of plain training',markdown(g.drop(columns=['setting','budget']))]
+        for b,g in equal[equal.setting == setting].groupby('budget'):
+            parts += [f'Budget: {b:g} epochs of plain training',markdown(g.drop(columns=['setting','budget']))]
         fig,axs = plt.subplots(1, 2, figsize=(12,4), layout='tight')
         for ax,what in zip(axs, ('accuracy','loss')): plot_equal_time(runs, setting, what, ax=ax).set_title('')
         name = f'equal_time_{i+1}.png'
@@ -887,7 +906,8 @@ def report(
                       markdown(t.drop(columns=['setting','ratio','low','high','first']))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
-    if len(paper): parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one (same seed).",markdown(paper)]
+    if len(paper): parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one "
+                             "(same seed). This is not a comparison at equal time.",markdown(paper)]
     text = '\n\n'.join(parts) + '\n'
     (folder/'report.md').write_text(text, encoding='utf-8')
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
