@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastsb.peers.TsaiRule': ('peers.html#tsairule', 'fastsb/peers.py'),
                               'fastsb.peers.TsaiRule.__call__': ('peers.html#tsairule.__call__', 'fastsb/peers.py'),
                               'fastsb.peers.TsaiRule.__init__': ('peers.html#tsairule.__init__', 'fastsb/peers.py'),
+                              'fastsb.peers._batch': ('peers.html#_batch', 'fastsb/peers.py'),
                               'fastsb.peers.contestants': ('peers.html#contestants', 'fastsb/peers.py'),
                               'fastsb.peers.peers': ('peers.html#peers', 'fastsb/peers.py'),
                               'fastsb.peers.peers_table': ('peers.html#peers_table', 'fastsb/peers.py'),

@@ -84,18 +84,19 @@ class Compare(Callback):
 
 # %% ../nbs/42_agreement.ipynb #002fa444
 def measure_prices(
-    model:nn.Module, # For images (3,32,32) and 10 classes, on its device
+    model:nn.Module, # For images (3,32,32), on its device
     scorers:dict, # Of `Scorer`s, by name
     bs:int=128, # Images in a batch
     precision:str='fp32', # Of training: 'fp32' or 'bf16' (autocast)
     reps:int=15, # Rounds that medians are taken over
+    n_out:int=10, # Number of classes
 ) -> dict: # step_ms, and price {name: share of a step}
     "What a score of each scorer costs, as a share of a plain training step"
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == 'bf16')
     gen = torch.Generator().manual_seed(0)
     xb = torch.randn(bs,3,32,32, generator=gen).to(device, memory_format=torch.channels_last)
-    batch,loss_func,opt = (xb, torch.randint(10, (bs,), generator=gen).to(device)),nn.CrossEntropyLoss(),torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch,loss_func,opt = (xb, torch.randint(n_out, (bs,), generator=gen).to(device)),nn.CrossEntropyLoss(),torch.optim.SGD(model.parameters(), lr=1e-3)
     def step():
         opt.zero_grad()
         with autocast: loss = loss_func(model(batch[0]).float(), batch[1])
@@ -131,7 +132,7 @@ def scorers(
     out:str='nbs/results/scorers.json', # File to write
 ) -> dict: # What is written
     "What does a score cost, and does it choose as the true loss would: lower precision, smaller images, a proxy network?"
-    for name,v,low in (('items',items,2*bs),('epochs',epochs,3),('bs',bs,2),('every',every,1),('reps',reps,1)): _check_int(name, v, low)
+    for name,v,low in (('items',items,2*bs),('epochs',epochs,4),('bs',bs,2),('every',every,1),('reps',reps,1)): _check_int(name, v, low)
     if threads is not None: _check_int('threads', threads, 1)
     if model not in models: raise ValueError(f"model must be one of {', '.join(models)}, not {model!r}.")
     path,dev = check_out(out),check_device(None)
@@ -141,8 +142,9 @@ def scorers(
                  reps=reps, threads=threads, seed=seed, out=out)
     with _threads(threads):
         env = environment(dev)
-        new = lambda: get_model(model, 3, int(y.max())+1).to(device=dev, memory_format=torch.channels_last)
-        prices = {p: measure_prices(new(), scorers_to_compare(3, int(y.max())+1), bs, p, reps) for p in ('fp32','bf16')}
+        n_out = int(max(y.max(), yt.max()))+1
+        new = lambda: get_model(model, 3, n_out).to(device=dev, memory_format=torch.channels_last)
+        prices = {p: measure_prices(new(), scorers_to_compare(3, n_out), bs, p, reps, n_out) for p in ('fp32','bf16')}
         for p,r in prices.items(): print(f"training in {p}: {r['step_ms']:.1f} ms a step; prices {r['price']}", flush=True)
         set_seed(seed)
         pick = np.random.default_rng(0).permutation(len(x))[:items]

@@ -64,7 +64,11 @@ def contestants() -> dict: # Of callables (losses, x, y) -> (x, y) of the kept r
             'fastsb, Percentile, exact': Ours(Percentile(1., exact=True, seed=0)), 'fastsb, TopK': Ours(TopK(.5), False),
             'fastsb, LossShare': Ours(LossShare(.9), False)}
 
-# %% ../nbs/41_peers.ipynb #23f3133f
+# %% ../nbs/41_peers.ipynb #16eb5889
+def _batch(n, seed):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.empty(n).exponential_(generator=gen),torch.randn(n,3,8,8, generator=gen),torch.randint(10, (n,), generator=gen)
+
 @command
 def peers(
     sizes:str='128,1024,8192', # Numbers of rows of a batch
@@ -82,8 +86,7 @@ def peers(
         env = environment(torch.device('cpu'))
         for n in ns:
             print(f"{n} rows ...", flush=True)
-            gen = torch.Generator().manual_seed(0)
-            batches = [(torch.empty(n).exponential_(generator=gen), torch.randn(n,3,8,8, generator=gen), torch.randint(10, (n,), generator=gen)) for _ in range(4)]
+            batches = [_batch(n, seed) for seed in range(4)]
             fs,rounds = contestants(),max(3, min(reps, reps*512//n))
             ms = {k: [] for k in fs}
             for r in range(rounds+2):
@@ -91,13 +94,13 @@ def peers(
                     slow = isinstance(f, Loop)
                     if slow and r > 2+rounds//8: continue # it takes its time
                     turn = batches*(1 if slow else max(1, 1024//n))
-                    for b in turn[:len(turn)//2]: f(*b) # so that each has its own code and tables in the caches, as in a loop of its own
+                    for b in turn[:len(turn)//2]: f(*b) # so that each finds its own code in the caches, as in a loop of its own
                     t = time.perf_counter()
                     for b in turn: f(*b)
                     if r > 1: ms[k].append((time.perf_counter()-t)*1000/len(turn))
             runs.append(dict(rows=n, rounds=rounds, ms={k: _spread(v) for k,v in ms.items()}))
-    res = dict(command=line, **env, unit='ms a batch', config=dict(row='3x8x8 float32 and an int64 target', losses='exponential', history=1024, beta=1., keep=.5,
-        share=.9, peers='their rules, written in fastsb/peers.py'), runs=runs)
+    what = dict(row='3x8x8 float32 and an int64 target', losses='exponential', history=1024, beta=1., keep=.5, share=.9, peers='by their rules')
+    res = dict(command=line, **env, unit='ms a batch', config=what, runs=runs)
     path.write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
     print(peers_table(res).to_string(), f"Wrote {out}", sep='\n\n')
     return res
