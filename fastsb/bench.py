@@ -244,6 +244,7 @@ def environment(
         versions=dict(fastsb=fastsb.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
         machine=dict(cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), platform=f'{platform.system()} {platform.machine()}',
             load_before=round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None, # a busy machine disturbs
+            malloc={k: v for k,v in sorted(os.environ.items()) if k.startswith('MALLOC_')}, # whether glibc gives memory back between steps
             device=torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'))
 
 def _line(f, **asked):

@@ -23,7 +23,7 @@ def check_result(res, bs, names):
     "A result file has all its parts, its figures are positive, and its ratios follow from its medians"
     assert res["command"].startswith("python -m fastsb.bench overhead")
     assert set(res["versions"]) == {"fastsb", "torch", "fastai", "python"} and all(res["versions"].values())
-    assert {"cpu", "cores", "threads", "platform", "load_before", "device"} == set(res["machine"])
+    assert {"cpu", "cores", "threads", "platform", "load_before", "malloc", "device"} == set(res["machine"])
     assert res["date"].count("-") == 2
     assert (res["config"]["bs"], res["config"]["models"]) == (bs, names)
     assert [(r["model"], r["precision"]) for r in res["runs"]] == [(n, p) for n in names for p in ("fp32", "bf16")]
