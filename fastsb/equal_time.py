@@ -906,8 +906,9 @@ def report(
                       markdown(t.drop(columns=['setting','ratio','low','high','first']))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
-    if len(paper): parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's "
-                             "final one (same seed). This is not a comparison at equal time.",markdown(paper)]
+    if len(paper):
+        parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one (same seed). "
+                  "This is not a comparison at equal time.",markdown(paper)]
     text = '\n\n'.join(parts) + '\n'
     (folder/'report.md').write_text(text, encoding='utf-8')
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
