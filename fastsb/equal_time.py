@@ -889,7 +889,7 @@ def report(
     except OSError as e: raise ValueError(f"out: the folder {str(out)!r} cannot be made ({e.strerror}).") from None
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
              "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
-             "scored, loaded. wall/ref: real seconds for a second of reference time (of random_scores it means nothing: it pays for passes that it does not make)."]
+             "scored, loaded. wall/ref: real seconds for a second of reference time (for random_scores it means nothing: it is charged for passes not made)."]
     equal,ttp = equal_time_table(runs),time_to_plain(runs)
     for i,setting in enumerate(equal.setting.unique() if len(equal) else ()):
         parts.append(f'## {setting}')
@@ -907,8 +907,9 @@ def report(
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
     if len(paper):
-        parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one (same seed). "
-                  "This is not a comparison at equal time.",markdown(paper)]
+        what = ("A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one (same seed). "
+                "This is not a comparison at equal time.")
+        parts += ["## The paper's protocol",what,markdown(paper)]
     text = '\n\n'.join(parts) + '\n'
     (folder/'report.md').write_text(text, encoding='utf-8')
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
