@@ -514,7 +514,7 @@ def _tell(message):
     print(f"fastsb.bench: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-command_modules = ('agreement','equal_time') # modules beside this one that hold commands too
+command_modules = ('agreement','peers','equal_time') # modules beside this one that hold commands too
 
 def main(
     argv:list|None=None, # The command's name and its options; None: those of the command line

@@ -71,11 +71,17 @@ def take(
     idx:Tensor, # (k,) long: the rows wanted, on the device of the batch
 ): # The same structure with `k` rows
     "Rows `idx` of every tensor of `batch`; tensor types, their metadata and the memory format are kept"
-    def _take(t):
+    if isinstance(batch, Tensor) and batch.dim():
+        t = batch.detach().as_subclass(Tensor)
+        if t.is_contiguous(): return _dress(t.index_select(0, idx), batch)
         out = _empty_rows(t, len(idx))
-        _copy_rows(t.as_subclass(Tensor), idx, out)
-        return _dress(out, t)
-    return _rebuild(batch, (_take(t) for _,t in _leaves(batch)))
+        _copy_rows(t, idx, out)
+        return _dress(out, batch)
+    if isinstance(batch, dict): return type(batch)((k,take(v, idx)) for k,v in batch.items())
+    if isinstance(batch, (tuple,list)):
+        new = [take(v, idx) for v in batch]
+        return type(batch)(*new) if hasattr(batch, '_fields') else type(batch)(new)
+    n_rows(batch) # raises
 
 # %% ../nbs/03_buffer.ipynb #9e6a3d3a
 class BatchBuffer:

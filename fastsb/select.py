@@ -9,8 +9,10 @@ __all__ = ['Selection', 'bernoulli', 'inclusion', 'systematic', 'Selector', 'Per
 # %% ../nbs/02_select.ipynb #306164c5
 import math
 from collections import namedtuple
+from functools import lru_cache
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ def bernoulli(
     "The candidates whose draw is below their probability; waits for the device once, since `k` is random"
     return (u < p).nonzero().squeeze(1)
 
+@lru_cache(64)
+def _cached_range(a, b, dtype, device): return torch.arange(a, b, dtype=dtype, device=device)
+def _range(a, b, like): return _cached_range(a, b, like.dtype, like.device) # the same few in every step
+
 def _double(t): return t if t.device.type == 'mps' else t.double() # Apple's GPUs have no float64
 
 def inclusion(
@@ -32,13 +38,12 @@ def inclusion(
     k:int, # How many are to be drawn, at most `B`
 ) -> Tensor: # (B,) float64 in [0,1], summing to `k`
     "Inclusion probabilities for a draw of exactly `k`: proportional to `p`, but at most 1 (Särndal et al. 1992, section 3.6); zeros share what is left over"
-    p = _double(p).clamp(min=0)
-    p = p + p.sum().clamp(min=1e-30)*1e-12/len(p)
-    s = p.sort(descending=True).values
-    rest = s.flip(0).cumsum(0).flip(0)                       # the sum from each on
-    m = torch.arange(len(p), device=p.device)                # if the m largest are certain, k-m are left for the rest
-    first = (((k-m)*s <= rest) | (m >= k)).int().argmax(0, keepdim=True)   # the smallest m for which the next one is not above 1
-    return torch.where(p > s.gather(0, first), 1., (k-first)*p/rest.gather(0, first)).clamp(max=1.) # `s[first]` would wait for the device
+    p = _double(p).clamp(min=1e-30)
+    s = p.sort().values
+    below = s.cumsum(0)                                      # the sum up to each
+    left = _range(k-len(p)+1, k+1, p)                        # if all larger ones are certain, so many are left for it and those below
+    last = (left*s <= below)[1:].sum(0, keepdim=True)        # the largest that would not be above 1: the smallest never is
+    return (p*(left.gather(0, last)/below.gather(0, last))).clamp(max=1.) # `left[last]` would wait for the device
 
 def systematic(
     pi:Tensor, # (B,) inclusion probabilities that sum to `k`
@@ -46,10 +51,10 @@ def systematic(
     u:Tensor, # () or (1,) uniform draw in [0,1)
 ) -> Tensor: # (k,) long, ascending, all different
     "Systematic sampling (Madow 1949): exactly `k` candidates, each with its inclusion probability; the host never waits"
-    j = torch.arange(k, device=pi.device)
-    i = torch.searchsorted(pi.cumsum(0), u.to(pi.dtype).reshape(1)+j, right=True)
+    n,i = len(pi),torch.searchsorted(pi.cumsum(0), u.reshape(1) + _range(0, k, pi), right=True)
+    j = _range(0, k, i)
     i = (i-j).cummax(0).values + j                           # rounding must neither take one twice...
-    return torch.minimum(i, j + (len(pi)-k))                 # ...nor run over the end
+    return torch.minimum(i, _range(n-k, n, i))               # ...nor run over the end
 
 # %% ../nbs/02_select.ipynb #30e5298f
 Selection = namedtuple('Selection', 'idx p w', defaults=[None])
@@ -78,6 +83,7 @@ class Selector:
     weighted = False # does `select` give weights of its own?
     needs_pred = False # does it need the candidates' predictions, which remembered losses do not give?
     needs_items = False # does it need to know which items of the data set the candidates are?
+    top = False # do `probs` give 1 to candidates whose loss is not finite by themselves?
     active = True # is it time to select, as far as the selector is concerned?
     _gen = _rng_state = None
 
@@ -124,8 +130,8 @@ class Selector:
         device, # Where
     ) -> Tensor: # (n,) float32
         "Uniform draws in [0,1) from the selector's own generator"
-        device = torch.device(device)
-        if self._gen is None or self._gen.device != torch.empty(0, device=device).device:
+        if not isinstance(device, torch.device): device = torch.device(device)
+        if self._gen is None or self._gen.device != device and self._gen.device != torch.empty(0, device=device).device:
             seed = torch.initial_seed() ^ 0x5e1ec7 if self.seed is None else self.seed # not the very stream that shuffling and dropout draw from
             self._gen = torch.Generator(device).manual_seed(seed % 2**63)
             if self._rng_state is not None: self._gen.set_state(self._rng_state)
@@ -140,13 +146,14 @@ class Selector:
     ) -> Selection:
         "Who is trained on. Candidates whose loss is NaN or infinite always are, so that whoever watches for them sees them"
         losses = losses.detach().as_subclass(Tensor).float()
-        p,finite = self.probs(losses, history, **context),losses.isfinite()
-        if self.sure: return Selection((p.bool() | ~finite).nonzero().squeeze(1), torch.where(finite, p, 1.))
+        p = self.probs(losses, history, **context)
+        if self.exact or not self.top: p = p + (losses-losses) # NaN where a loss is not finite
         if not self.exact:
-            p = torch.where(finite, p, 1.)
+            if not self.top: p = p.nan_to_num(nan=1.)
+            if self.sure: return Selection(p.nonzero().squeeze(1), p)
             return Selection(bernoulli(p, self.uniform(len(p), p.device) if u is None else u), p)
         k = self.count(len(losses))
-        p = inclusion(torch.where(finite, p, 1e12), k)
+        p = inclusion(p.nan_to_num(nan=1e12), k)
         return Selection(systematic(p, k, self.uniform(1, p.device) if u is None else u), p.float())
 
     def state_dict(self) -> dict: # A tensor or None
@@ -162,6 +169,8 @@ class Selector:
 # %% ../nbs/02_select.ipynb #18727e16
 class Percentile(Selector):
     "p = percentile**beta: Selective-Backprop's choice (Jiang et al. 2019, arXiv 1910.00762, section 3.2); 1/(beta+1) of the candidates are kept on average"
+    @property
+    def top(self): return type(self).probs is Percentile.probs # unless a subclass has other probabilities
     def __init__(self,
         beta:float=1., # Selectivity: 0 keeps everything, 1 half, 2 a third, 3 a quarter
         exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates
@@ -177,7 +186,8 @@ class Percentile(Selector):
         **context, # Not used
     ) -> Tensor: # (B,) in [0,1]
         "percentile(losses)**beta"
-        return history.percentile(losses)**self.beta
+        p = history.percentile(losses)
+        return p if self.beta == 1 else p**self.beta
 
     def __repr__(self): return f"Percentile(beta={self.beta:g}{', exact=True' if self.exact else ''})"
 
@@ -304,12 +314,26 @@ class LossShare(Selector):
 
     def probs(self, losses, history=None, **context):
         "1 for the fewest of the highest losses that hold the share; never for nobody"
-        if self.min_loss_perc == 1: return torch.ones_like(losses)
-        held = _double(torch.where(losses.isfinite(), losses.clamp(min=0), 0.))
-        below = held.sort(descending=True).values.cumsum(0)
-        n = (below < self.min_loss_perc*below[-1]).sum() + 1
-        n = n.clamp(min=max(1, math.ceil(self.min_samples_perc*len(losses) - 1e-9)), max=len(losses))
-        return (_ranks(held) < n).float()
+        return self._select(losses).p
+
+    def _select(self, losses, surely=False):
+        l = losses.numpy(force=True) # how many are kept must be known on the host in any case: this waits once, and then it is known
+        held = np.maximum(l, 0)
+        falling = np.sort(held)[::-1]
+        above = falling.cumsum(dtype=np.float64)
+        fine = math.isfinite(l.sum())
+        if not fine:
+            held = np.where(np.isfinite(l), held, 0)
+            falling = np.sort(held)[::-1]
+            above = falling.cumsum(dtype=np.float64)
+        n = int(above.searchsorted(self.min_loss_perc*above[-1])) + 1 if self.min_loss_perc < 1 else len(l)
+        n = min(max(n, math.ceil(self.min_samples_perc*len(l) - 1e-9)), len(l))
+        kept = held >= falling[n-1]
+        if (more := np.count_nonzero(kept)-n): kept[(held == falling[n-1]).nonzero()[0][-more:]] = False # of equals the first
+        if surely and not fine: kept |= ~np.isfinite(l)
+        return Selection(torch.from_numpy(kept.nonzero()[0]).to(losses.device), torch.from_numpy(kept.astype(np.float32)).to(losses.device))
+
+    def select(self, losses, history=None, u=None, **context): return self._select(losses.detach().as_subclass(Tensor).float(), surely=True)
 
     def __repr__(self): return f"LossShare(min_loss_perc={self.min_loss_perc:g}, min_samples_perc={self.min_samples_perc:g})"
 

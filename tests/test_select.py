@@ -375,7 +375,7 @@ def test_no_host_waits_for_counts_that_are_known():
 
     losses = torch.rand(64)
     h = history_of(losses)
-    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 1)):
+    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 0)):  # on a GPU LossShare copies the losses, once
         sel.select(losses, h)
         with Counter() as c:
             sel.select(losses, h)
