@@ -147,8 +147,8 @@ def measure_costs(
     learn.one_batch = step
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, 1e-3, cbs=_NoValidation())
     med = lambda k: round(float(np.median(times[k])), 10)
-    score = {k: dict(item=med(('item',k)), learn=med(('learn',k)) if ('learn',k) in times else 0.) for k in map(price_name, scorers)}
-    return dict(train={str(r): med(r) for r in rows}, score=score, load=med('load'), select=round(med('pick')+med('gather'), 10), observe=med('observe'),
+    names = {k: dict(item=med(('item',k)), learn=med(('learn',k)) if ('learn',k) in times else 0.) for k in map(price_name, scorers)}
+    return dict(train={str(r): med(r) for r in rows}, score=names, load=med('load'), select=round(med('pick')+med('gather'), 10), observe=med('observe'),
                 remember=med('remember'), choose=round(med('choose')+med('order'), 12))
 
 class _NoValidation(Callback):
@@ -645,8 +645,8 @@ def equal_time(
         costs = get_costs(path, config, scorers, dev, data)
         grid,done = [(m, seed, b) for b in bs_ for seed in range(seeds) for m in names],_done(path)
         todo = [(m, seed, b) for m,seed,b in grid if run_key(config, m, settings[m], seed, b) not in done]
-        print(f"{len(grid)} runs, {len(grid)-len(todo)} of them done already. A plain epoch costs {epoch_seconds(costs, len(task.x), bs):.3g} s of reference time.",
-              flush=True)
+        plain_s = epoch_seconds(costs, len(task.x), bs)
+        print(f"{len(grid)} runs, {len(grid)-len(todo)} of them done already. A plain epoch costs {plain_s:.3g} s of reference time.", flush=True)
         start,total,ready = time.perf_counter(),sum(b for *_,b in todo),0.
         def finished(i, line):
             nonlocal ready
@@ -888,8 +888,8 @@ def report(
     try: folder.mkdir(exist_ok=True)
     except OSError as e: raise ValueError(f"out: the folder {str(out)!r} cannot be made ({e.strerror}).") from None
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
-             "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), scored, "
-             "loaded. wall/ref: real seconds for a second of reference time (of random_scores it means nothing: it pays for passes that it does not make)."]
+             "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
+             "scored, loaded. wall/ref: real seconds for a second of reference time (for random_scores it means nothing: it is charged for passes not made)."]
     equal,ttp = equal_time_table(runs),time_to_plain(runs)
     for i,setting in enumerate(equal.setting.unique() if len(equal) else ()):
         parts.append(f'## {setting}')
@@ -906,8 +906,10 @@ def report(
                       markdown(t.drop(columns=['setting','ratio','low','high','first']))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
-    if len(paper): parts += ["## The paper's protocol","A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one "
-                             "(same seed). This is not a comparison at equal time.",markdown(paper)]
+    if len(paper):
+        what = ("A fixed step schedule; reference time until the error first falls to 1.4 times plain training's final one (same seed). "
+                "This is not a comparison at equal time.")
+        parts += ["## The paper's protocol",what,markdown(paper)]
     text = '\n\n'.join(parts) + '\n'
     (folder/'report.md').write_text(text, encoding='utf-8')
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
