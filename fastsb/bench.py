@@ -532,7 +532,7 @@ def main(
     p.error = lambda message: _tell(f"{name}: {message}.")
     args = {k: v for k,v in vars(p.parse_args(rest)).items() if k not in ('pdb','xtra')}
     try: commands[name](**args)
-    except ValueError as e: _tell(f"{name}: {e}")
+    except (ValueError, OSError) as e: _tell(f"{name}: {e}")
     except KeyboardInterrupt:
         print("\nfastsb.bench: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -22,7 +22,11 @@ from .select import LossShare, Percentile, TopK
 # %% ../nbs/41_peers.ipynb #a767de00
 class Loop:
     "The reference's rule, an example at a time (Jiang et al. 2019): percentile among the last `size` losses, to the power of `beta`, is the probability"
-    def __init__(self, beta=1., size=1024, seed=0): self.beta,self.recent,self.rng = beta,deque(maxlen=size),np.random.default_rng(seed)
+    def __init__(self,
+        beta:float=1., # Selectivity
+        size:int=1024, # How many losses are remembered
+        seed:int=0, # Of the coins
+    ): self.beta,self.recent,self.rng = beta,deque(maxlen=size),np.random.default_rng(seed)
     def __call__(self, losses, x, y):
         values = [l.item() for l in losses]
         self.recent.extend(values)
@@ -34,7 +38,10 @@ class Loop:
 
 class ComposerRule:
     "Composer's rule: int(keep*N) drawn without replacement, with probabilities as rank**(1/keep-1)"
-    def __init__(self, keep=.5, seed=0): self.keep,self.rng = keep,np.random.RandomState(seed)
+    def __init__(self,
+        keep:float=.5, # Fraction that is kept
+        seed:int=0, # Of the draw
+    ): self.keep,self.rng = keep,np.random.RandomState(seed)
     def __call__(self, losses, x, y):
         n,order = len(losses),np.argsort(losses.cpu().numpy())
         p = (np.arange(n)/n)**(1/self.keep-1)
@@ -44,7 +51,7 @@ class ComposerRule:
 
 class TsaiRule:
     "tsai's rule: the highest losses that together hold `share` of the sum, one at least"
-    def __init__(self, share=.9): self.share = share
+    def __init__(self, share:float=.9): self.share = share # Of the loss that is kept
     def __call__(self, losses, x, y):
         order = losses.argsort(descending=True)
         above = (losses[order]/losses.sum()).cumsum(0) > self.share
@@ -53,7 +60,10 @@ class TsaiRule:
 
 class Ours:
     "fastsb: history, if the selector needs one, selector, and the rows"
-    def __init__(self, selector, history=True): self.selector,self.history = selector,LossHistory(1024) if history else None
+    def __init__(self,
+        selector, # Who chooses
+        history:bool=True, # Does it need percentiles?
+    ): self.selector,self.history = selector,LossHistory(1024) if history else None
     def __call__(self, losses, x, y):
         if self.history is not None: self.history.update(losses)
         return take((x,y), self.selector.select(losses, self.history).idx)

@@ -85,7 +85,8 @@ def test_result_file_and_faults(tmp_path):
     assert {a["scorer"] for a in res["agreement"]} == names | {"remembered", "mirror image"} and all(0 <= a["overlap"] <= 1 for a in res["agreement"])
     t = agreement_table(res)
     assert t.index[0] == "model" and t.loc["model", "overlap, late"] > 0.8 and np.isnan(t.loc["remembered", "price (fp32 training)"])
-    for args, word in ((("--data", "none.npz"), "none.npz"), (("--data", "small.npz", "--items", "4"), "items"), (("--data", "d.npz", "--epochs", "3"), "epochs"),
-                       (("--data", "d.npz", "--model", "big"), "model"), (("--data", "small.npz", "--items", "16", "--bs", "8"), "32x32")):
+    for args, word in ((("--data", "none.npz"), "none.npz"), (("--data", "small.npz", "--items", "4"), "items"),
+                       (("--data", "d.npz", "--epochs", "3"), "epochs"), (("--data", "d.npz", "--model", "big"), "model"),
+                       (("--data", "small.npz", "--items", "16", "--bs", "8"), "32x32")):
         p = run(*args, "--out", "t.json")
         assert p.returncode == 2 and word in p.stderr and p.stderr.count("\n") == 1, p.stderr

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_ours_keeps_rows_and_targets_together(name):
     for _ in range(3):
         xs, ys = f(losses, x, y)
         assert torch.equal(xs, x[ys]) and 0 < len(ys) < 64 and losses[ys].mean() > losses.mean()
+
+
+def test_the_committed_result_is_what_is_claimed():
+    res = json.loads((Path(__file__).parent.parent / "nbs" / "results" / "peers.json").read_text())
+    ms = {r["rows"]: {k: v["median"] for k, v in r["ms"].items()} for r in res["runs"]}
+    assert list(ms) == [128, 1024, 8192] and res["machine"]["threads"] == 1
+    for rows, m in ms.items():
+        ours = m["fastsb, Percentile"]
+        assert ours < m["Composer's rule"] and m["loop (reference)"] >= (40 if rows == 128 else 100) * ours
+        assert m["fastsb, LossShare"] <= m["tsai's rule"]
 
 
 def test_result_file_and_faults(tmp_path):

@@ -228,7 +228,7 @@ def test_help(cli):
     code, out, err = cli('--help')
     assert code == 0 and err == ''
     named = ('strategy dataset data data_dir model batch_size epochs learning_rate calculator prob_pow keep threshold min_loss_perc rescale fp_selector '
-             'staleness start data_augmentation cutout length seed output_dir bf16 lr_sched forwardlr')
+             'staleness score_size score_precision start data_augmentation cutout length seed output_dir bf16 lr_sched forwardlr')
     options = re.findall(r'^  --(\w+)(?: \(\w+\))? +\w', out, re.M)   # each with a text beside it
     assert options == named.split()
 
