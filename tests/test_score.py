@@ -1,6 +1,7 @@
 "Scorers: in the engine and in a fastai fit, against passes written here; compiled models; nothing is recompiled, nothing waits."
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from common import Spy, digits_learner, digits_model, everything, quiet_fit, same, weights
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, load_learner, set_seed
 from fastai.callback.mixup import MixUp
+from test_invariants import Counter
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,10 +25,10 @@ def conv_net(w=6, c_in=1, pool=1):
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(w * pool**2, 10))
 
 
-def image_learner(n=512, bs=64, model=None, seed=1, cbs=None):
+def image_learner(n=512, bs=64, model=None, seed=1, cbs=None, device="cpu"):
     set_seed(seed)
     x, y, xt, yt = load_arrays()
-    dls = image_dls(x[:n], y[:n], xt[:100], yt[:100], bs=bs, device="cpu")
+    dls = image_dls(x[:n], y[:n], xt[:100], yt[:100], bs=bs, device=device)
     return Learner(dls, model or conv_net(), loss_func=CrossEntropyLossFlat(), cbs=cbs)
 
 
@@ -307,6 +309,35 @@ def test_inductor_gives_the_same_scores():
 def test_as_scorer_gives_back_a_scorer():
     s = Scorer(size=0.5)
     assert as_scorer(s) is s and repr(s) == "Scorer(size=0.5)" and as_scorer("model").own and not s.own
+
+
+# nothing waits ------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kw", [dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
+                                dict(score="proxy"), dict(score="cached"), dict(score=lambda m, b: b[0].mean((1, 2, 3)))], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
+    "Of the callback's own events in a fit; that an epoch is read out, or chosen, at its end or beginning is not of a step"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if kw.get("score") == "proxy":
+        kw = dict(score=Proxy(conv_net(3), every=1, opt_func=partial(torch.optim.SGD, lr=0.1)))  # AdamW keeps a number on the host, and reads that
+    if device == "cpu":
+        monkeypatch.setattr("fastsb.cache._check_items", lambda items, n: items)  # it looks at indices on the host only, where that is free
+    learn = image_learner(device=device).selective_backprop(**kw)
+    seen, sb = [], learn.sb
+
+    def counted(f, event):
+        with Counter() as c:
+            try:
+                f()
+            finally:
+                seen.append((sb.epoch, event, c.waiting))
+
+    for event in ("before_batch", "after_loss", "after_batch"):
+        object.__setattr__(sb, event, partial(counted, getattr(sb, event), event))
+    quiet_fit(learn, 3)
+    assert {e for e, _, _ in seen} == {0, 1, 2} and len(seen) > 40
+    assert [s for s in seen[3:] if s[2]] == []
 
 
 # only those in doubt ----------------------------------------------------------------------------------------------------------------
