@@ -153,7 +153,9 @@ def peak_bytes(
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/40_bench.ipynb #013868e9
+# %% ../nbs/40_bench.ipynb #da2f583e
+_fresh = dict(beta=1., score='model', start=1, end=1.)
+
 class _Collect(Callback):
     "Frees before each batch what is not reachable any more"
     order = -100
@@ -165,7 +167,7 @@ def fit_peak_bytes(
     device='cpu', # Where to train
     batches:int=12, # Batches in the only epoch
     collect:bool=True, # Collect garbage before each batch? Otherwise not at all
-    **kwargs, # Arguments of `SelectiveBackpropCallback`; none: a plain fit
+    **kwargs, # Arguments of `SelectiveBackpropCallback`, which scores every batch; none: a plain fit
 ) -> int: # bytes
     "The most memory that a fit of a new fastai `Learner` holds at any one time"
     def fit():
@@ -173,7 +175,7 @@ def fit_peak_bytes(
         images = lambda n: (rng.integers(0, 256, (n,32,32,3), dtype=np.uint8), np.arange(n) % 10)
         dls = image_dls(*images(batches*bs), *images(bs), bs=bs, device=device)
         m = get_model(model, 3, 10).to(device=device, memory_format=torch.channels_last)
-        cbs = [_Collect()]*collect + [SelectiveBackpropCallback(start=0, **kwargs)]*bool(kwargs)
+        cbs = [_Collect()]*collect + [SelectiveBackpropCallback(**{**_fresh, 'start':0, **kwargs})]*bool(kwargs)
         learn = Learner(dls, m, loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=cbs)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     gc.collect()
@@ -398,7 +400,7 @@ def epoch(
                     torch.manual_seed(r)
                     m,t = get_model(model, x.shape[-1], dls.c).to(memory_format=torch.channels_last),_TrainSeconds()
                     learn = Learner(dls, m, lr=.05, cbs=[Autocast(), t], opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)))
-                    if kw is not None: learn.selective_backprop(**kw)
+                    if kw is not None: learn.selective_backprop(**{**_fresh, **kw})
                     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4)
                     secs[k] += t.secs[1:]
                     if kw is not None: logs.setdefault(k, []).append(learn.sb.log[1:])

@@ -135,14 +135,15 @@ class SelectiveBackprop:
         pred, # The model's output for a batch that was trained whole
         *yb, # Its targets
         fill:bool=True, # Are these losses of all candidates? (Not if MixUp has mixed them, or if only some were loaded)
-    ) -> Tensor: # (B,) losses
+    ) -> Tensor: # (B,) what the selector judges these examples by: their losses, or its own measure
         "Note the losses that training has produced. Before selection begins they fill the history for nothing. Optional in a loop of your own"
+        known = dict(loss_func=self.loss_func, pred=pred, yb=yb)
         with torch.no_grad():
             losses = per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
             if fill:
                 self.fill(losses, rank=self.scorer.own)
-                self.selector.observe(losses, loss_func=self.loss_func, pred=pred, yb=yb)
-        return losses
+                self.selector.observe(losses, **known)
+            return self.selector.measure(losses, **known)
 
     def skip(self,
         n:int, # How many
@@ -230,8 +231,9 @@ class SelectiveBackprop:
             self.counts['bp'] += n
             self.fractions.append(1.)
             return [(batch,None)] if never else self._offered([(batch,None)])
-        self.scores,pred,yb = self._score(batch, remembered)
-        s = self._choose(self.scores, pred, yb, items)
+        losses,pred,yb = self._score(batch, remembered)
+        s = self._choose(losses, pred, yb, items)
+        self.scores = self.selector.measure(losses, loss_func=self.loss_func, pred=pred, yb=yb)
         ready = self._keep(batch, s, n)
         self.counts['fp'] += self.scorer.count(n); self.counts['bp'] += sum(n_rows(b) for b,_ in ready)
         self.fractions.append(len(s.idx)/n)

@@ -35,11 +35,11 @@ except ImportError: fcntl = None # Windows has no such locks
 
 from .bench import _check_int, _threads, _timed, check_device, check_out, command, environment, precisions
 from .cache import LossCache, choose, shortened
-from .callback import Autocast, SelectiveBackpropCallback, irreducible_losses
+from .callback import Autocast, SelectiveBackpropCallback, _callback, irreducible_losses
 from .data import get_model, image_dls, load_arrays, models, small_resnet
 from .engine import SelectiveBackprop
 from .score import Doubtful, Proxy, Scorer, as_scorer, scoring
-from .select import Capped, InfoBatch, OrderedPool, Percentile, Random, ReducibleLoss, TopK, _check_number
+from .select import Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty, _check_number
 from .train import LRByExamples
 
 # %% ../nbs/43_equal_time.ipynb #5a0eeb65
@@ -276,14 +276,11 @@ class Curve(Callback):
 
     def before_validate(self): raise CancelValidException
 
-# %% ../nbs/43_equal_time.ipynb #7919d68f
-class RandomScores:
-    "Scores that mean nothing, from a generator of their own"
-    gen = None
-    def __call__(self, model, batch):
-        if self.gen is None: self.gen = torch.Generator().manual_seed((torch.initial_seed() ^ 0x5c0e) % 2**63)
-        return torch.rand(len(batch[0]), generator=self.gen).to(batch[0].device)
-    def __repr__(self): return 'RandomScores()'
+# %% ../nbs/43_equal_time.ipynb #7a846518
+class RandomScores(TopK):
+    "The way of the default, but what is remembered of an item is a random number, from a generator of its own"
+    by_loss = False
+    def measure(self, losses, **context): return self.uniform(len(losses), losses.device)
 
 class HeldOut:
     "Stands for `ReducibleLoss` until a model has been trained on a part of the training set that is held out"
@@ -307,48 +304,59 @@ class HeldOut:
         losses = irreducible_losses(learn)
         return ReducibleLoss(losses, keep=self.keep),rest,dict(budget.counts, fp=budget.counts['fp']+len(rest))
 
+_fresh = dict(score='model', start=1, end=1.) # scored by a forward pass, from the second epoch to the last
+_cached = dict(score='cached', momentum=.5, start=.1, end=.9)
+
 methods = dict(
     plain          = lambda d: None,
-    random         = lambda d: dict(selector=Random(.5, exact=True), score='cached', max_age=30000),
-    random_scores  = lambda d: dict(score=RandomScores(), charged=Scorer()),
-    sb             = lambda d: dict(exact=False), # the paper's
-    sb_exact       = lambda d: dict(),
-    sb_sum         = lambda d: dict(rescale='sum'),
-    sb_beta2       = lambda d: dict(beta=2.),
-    sb_beta3_stale = lambda d: dict(beta=3., stale=3, exact=False), # the paper's StaleSB
-    stale          = lambda d: dict(stale=3),
-    cached         = lambda d: dict(score='cached', momentum=.5, start=.1, end=.9),
-    cached_beta2   = lambda d: dict(score='cached', momentum=.5, start=.1, end=.9, beta=2.),
-    cached_pool    = lambda d: dict(score='cached', momentum=.5, start=.1, end=.9, selector=OrderedPool(pool=.75, keep=.4)),
-    two_stage      = lambda d: dict(score='two_stage'),
-    infobatch      = lambda d: dict(score='cached', momentum=0., end=.875, selector=InfoBatch(.5)),
-    topk_half      = lambda d: dict(selector=TopK(.5), batching='prune'),
-    topk_half_sum  = lambda d: dict(selector=TopK(.5), batching='prune', rescale='sum'),
-    topk_half_75   = lambda d: dict(selector=TopK(.5), batching='prune', score=Scorer(size=.75)),
-    topk_half_50   = lambda d: dict(selector=TopK(.5), batching='prune', score=Scorer(size=.5)),
-    doubtful       = lambda d: dict(selector=TopK(.5), batching='prune', score=Doubtful(.4)),
+    default        = lambda d: dict(), # learn.selective_backprop()
+    random         = lambda d: dict(selector=Random(.5, exact=True), max_age=30000),
+    random_scores  = lambda d: dict(selector=RandomScores(.5)),
+    sb             = lambda d: dict(paper=True),
+    sb_exact       = lambda d: dict(_fresh, beta=1.),
+    sb_sum         = lambda d: dict(_fresh, beta=1., rescale='sum'),
+    sb_beta2       = lambda d: dict(_fresh, beta=2.),
+    sb_beta3_stale = lambda d: dict(paper=True, beta=3., stale=3), # the paper's StaleSB
+    stale          = lambda d: dict(_fresh, beta=1., stale=3),
+    topk_half      = lambda d: dict(_fresh, selector=TopK(.5), batching='prune'),
+    topk_half_sum  = lambda d: dict(_fresh, selector=TopK(.5), batching='prune', rescale='sum'),
+    topk_half_75   = lambda d: dict(_fresh, selector=TopK(.5), batching='prune', score=Scorer(size=.75)),
+    topk_half_50   = lambda d: dict(_fresh, selector=TopK(.5), batching='prune', score=Scorer(size=.5)),
+    proxy          = lambda d: dict(_fresh, selector=TopK(.5), batching='prune', score=Proxy(small_resnet(d.c_in, d.n_out, width=8), every=4)),
+    doubtful       = lambda d: dict(_fresh, selector=TopK(.5), batching='prune', score=Doubtful(.4)),
     doubtful_half  = lambda d: dict(selector=TopK(.5), score=Doubtful(.4), start=.1, end=.9),
-    doubtful_sb    = lambda d: dict(score=Doubtful(.4), start=.1, end=.9),
-    cached_long    = lambda d: dict(score='cached', momentum=.5, start=.05, end=.95),
-    cached_half    = lambda d: dict(score='cached', momentum=.5, start=.1, end=.9, selector=TopK(.5)),
-    proxy          = lambda d: dict(selector=TopK(.5), batching='prune', score=Proxy(small_resnet(d.c_in, d.n_out, width=8), every=4)),
-    capped         = lambda d: dict(selector=Capped(Percentile(1., exact=True), max_percentile=.9)),
-    rho            = lambda d: dict(selector=HeldOut(keep=.5), batching='prune'),
+    doubtful_sb    = lambda d: dict(beta=1., score=Doubtful(.4), start=.1, end=.9),
+    two_stage      = lambda d: dict(_fresh, beta=1., score='two_stage'),
+    cached         = lambda d: dict(_cached, beta=1.),
+    cached_beta2   = lambda d: dict(_cached, beta=2.),
+    cached_half    = lambda d: dict(_cached, selector=TopK(.5)),
+    cached_pool    = lambda d: dict(_cached, selector=OrderedPool(pool=.75, keep=.4)),
+    cached_share   = lambda d: dict(_cached, selector=LossShare(.9)),
+    cached_long    = lambda d: dict(_cached, beta=1., start=.05, end=.95),
+    cached_last    = lambda d: dict(_cached, beta=1., momentum=0.),
+    cached_slow    = lambda d: dict(_cached, beta=1., lr_times=.7),
+    infobatch      = lambda d: dict(score='cached', momentum=0., start=1, end=.875, selector=InfoBatch(.5)),
+    doubt_40       = lambda d: dict(selector=Uncertainty(.4)),
+    doubt_60       = lambda d: dict(selector=Uncertainty(.6)),
+    doubt_last     = lambda d: dict(momentum=0.),
+    doubt_long     = lambda d: dict(end=.95),
+    capped         = lambda d: dict(_fresh, selector=Capped(Percentile(1., exact=True), max_percentile=.9)),
+    rho            = lambda d: dict(_fresh, selector=HeldOut(keep=.5), batching='prune'),
 )
 
-protocols = dict(equal_time='plain random random_scores sb cached topk_half'.split(), paper='plain sb sb_beta3_stale'.split()) # their methods by default
+protocols = dict(equal_time='plain default random random_scores sb cached topk_half'.split(), paper='plain sb sb_beta3_stale'.split()) # default methods
 
 def method_settings(
     name:str, # One of `methods`
     d, # The `Task`
-) -> tuple: # Arguments of `learn.selective_backprop` or None; the scorer whose price is paid, or None; factor of the learning rate
+) -> tuple: # Arguments of `learn.selective_backprop` or None; its scorer, or None; factor of the learning rate
     "What a method is, made anew"
     if name not in methods: raise ValueError(f"methods must be names among {', '.join(methods)}, not {name!r}.")
     kw = methods[name](d)
     if kw is None: return None,None,1.
     kw,score = dict(kw),kw.get('score', 'model')
-    charged,lr_times = kw.pop('charged', None),kw.pop('lr_times', 1.)
-    return kw,charged or as_scorer('model' if score in ('cached','two_stage') else score),lr_times
+    lr_times = kw.pop('lr_times', 1.)
+    return kw,as_scorer('model' if isinstance(score, str) else score),lr_times
 
 # %% ../nbs/43_equal_time.ipynb #70c75f12
 def wrong_labels(
@@ -509,6 +517,7 @@ def settings_of(
     "What a method is, in words that a file can hold"
     kw,scorer,lr_times = method_settings(method, d)
     if kw is None: return None
+    if not kw: return dict(callback=repr(SelectiveBackpropCallback())) # the defaults of today
     return dict({k: v if isinstance(v, (int,float,str,type(None))) else repr(v) for k,v in kw.items()}, **(dict(lr_times=lr_times) if lr_times != 1 else {}))
 
 # %% ../nbs/43_equal_time.ipynb #e8d526c4
@@ -613,7 +622,7 @@ def equal_time(
     model:str='small', # A model of fastsb.data
     width:int=None, # Channels of the first stage of the model small (default: 32; for digits 16)
     budgets:str=None, # Budgets in epochs of plain training, in the order to run them (default: 3,6,12,24; for digits 3,6,12)
-    methods:str=None, # Names, separated by commas (default: plain,random,random_scores,sb,cached,topk_half); plain is always among them
+    methods:str=None, # Names, separated by commas (default: plain,default,random,random_scores,sb,cached,topk_half); plain is always among them
     seeds:int=3, # Seeds 0, 1, ... of each method and budget
     noise:float=0., # Share of the training labels that is made wrong at random
     labels:str=None, # Name of other training labels in the .npz file, such as human ones
@@ -644,7 +653,7 @@ def equal_time(
             kw,scorer,_ = method_settings(m, task)
             if kw is None: continue
             if isinstance(kw.get('selector'), HeldOut): kw['selector'] = TopK(.5)
-            try: scorers.append((SelectiveBackpropCallback(**kw), scorer)[1])
+            try: scorers.append((_callback(**kw), scorer)[1])
             except TypeError as e: raise ValueError(f"methods: {m} cannot be made: {e}") from None
         costs = get_costs(path, config, scorers, dev, data)
         grid,done = [(m, seed, b) for b in bs_ for seed in range(seeds) for m in names],_done(path)
@@ -893,7 +902,7 @@ def report(
     except OSError as e: raise ValueError(f"out: the folder {str(out)!r} cannot be made ({e.strerror}).") from None
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
              "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
-             "scored, loaded. wall/ref: real seconds for a second of reference time (for random_scores it means nothing: it is charged for passes not made)."]
+             "scored, loaded. wall/ref: real seconds for a second of reference time."]
     equal,ttp = equal_time_table(runs),time_to_plain(runs)
     for i,setting in enumerate(equal.setting.unique() if len(equal) else ()):
         parts.append(f'## {setting}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Selection', 'bernoulli', 'inclusion', 'systematic', 'Selector', 'Percentile', 'Random', 'Hybrid', 'Absolute',
-           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss', 'InfoBatch', 'OrderedPool']
+           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss', 'prediction_entropy',
+           'Uncertainty', 'InfoBatch', 'OrderedPool']
 
 # %% ../nbs/02_select.ipynb #306164c5
 import math
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .history import LossHistory
-from .losses import per_item_loss
+from .losses import _setting, per_item_loss
 
 # %% ../nbs/02_select.ipynb #715ee484
 def bernoulli(
@@ -82,6 +83,7 @@ class Selector:
     global_ = False # must it see all candidates at once, beyond their percentiles? (Or can it choose from a data set piece by piece?)
     weighted = False # does `select` give weights of its own?
     needs_pred = False # does it need the candidates' predictions, which remembered losses do not give?
+    by_loss = True # are candidates judged by their losses? (See `measure`)
     needs_items = False # does it need to know which items of the data set the candidates are?
     top = False # do `probs` give 1 to candidates whose loss is not finite by themselves?
     active = True # is it time to select, as far as the selector is concerned?
@@ -124,6 +126,13 @@ class Selector:
         **context, # As for `probs`
     ):
         "Told what a training pass gave for free, when everything is trained"
+
+    def measure(self,
+        losses:Tensor, # (B,) losses
+        **context, # What else is known of them, as for `probs`
+    ) -> Tensor: # (B,), NaN or infinite where the loss is
+        "What candidates are judged by, and what is remembered of items from epoch to epoch: their losses, unless the selector has something else"
+        return losses
 
     def uniform(self,
         n:int, # How many
@@ -345,6 +354,7 @@ class Capped(Selector):
         max_percentile:float=.9, # Candidates whose loss has a higher percentile than this are left out
     ):
         if not isinstance(selector, Selector) or selector.weighted: raise TypeError(f"selector={selector!r} must be a Selector without weights of its own.")
+        if not selector.by_loss: raise ValueError(f"{selector} does not choose by loss, so it needs no cap on losses.")
         _check_number('max_percentile', max_percentile, high=1.); _check_positive('max_percentile', max_percentile)
         super().__init__(selector.exact and not selector.sure, selector.seed)
         self.selector,self.max_percentile = selector,float(max_percentile)
@@ -459,6 +469,36 @@ class ReducibleLoss(TopK):
         if items is None: raise ValueError("ReducibleLoss() must be told which items the candidates are: offer(batch, items=...).")
         if self.irreducible.device != losses.device: self.irreducible = self.irreducible.to(losses.device)
         return losses - self.irreducible[items]
+
+# %% ../nbs/02_select.ipynb #51a1fc95
+_over_classes = 'CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss','NLLLoss','nll_loss'
+_yes_or_no = 'BCEWithLogitsLoss','binary_cross_entropy_with_logits'
+
+def prediction_entropy(
+    loss_func, # A loss that takes logits: cross-entropy and its kin over classes, or binary cross-entropy
+    pred:Tensor, # (B,C,...) logits, with the classes where `loss_func` wants them; (B,...) for binary cross-entropy
+) -> Tensor|None: # (B,) float32, in nats, between 0 and log(C); None for any other loss
+    "Entropy of each example's predicted distribution, averaged over its pixels, tokens or labels"
+    kind = _loss_kind(loss_func)
+    if not isinstance(pred, Tensor) or kind not in (*_over_classes, *_yes_or_no): return None
+    pred = pred.detach().as_subclass(Tensor).float()
+    if kind in _over_classes:
+        dim = _setting(loss_func, 'axis', 1) if pred.dim() > 1 else 0
+        l = pred.log_softmax(dim)
+        h = -(l.exp()*l.clamp(min=-1e30)).sum(dim) # a probability of 0 adds nothing
+    else: h = nn.functional.binary_cross_entropy_with_logits(pred, pred.sigmoid(), reduction='none')
+    return h.reshape(len(pred), -1).mean(1)
+
+class Uncertainty(TopK):
+    """Exactly the round(keep*B) candidates whose predictions are in most doubt (uncertainty sampling: Lewis & Gale 1994, arXiv cmp-lg/9407020): the highest
+    entropy. Labels play no part, so wrong ones are not sought out. For losses that are not of classes, and scores that come without predictions: TopK"""
+    by_loss = False
+    def measure(self, losses, loss_func=None, pred=None, **context):
+        "`prediction_entropy`, or the loss where there is none"
+        h = None if pred is None else prediction_entropy(loss_func, pred)
+        return losses if h is None or len(h) != len(losses) else torch.where(losses.isfinite(), h, losses)
+
+    def score(self, losses, **context): return self.measure(losses, **context)
 
 # %% ../nbs/02_select.ipynb #3fabd923
 class InfoBatch(Selector):

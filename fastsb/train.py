@@ -135,7 +135,7 @@ def _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_per
             selector = dict(random=partial(Random, keep, seed=seed), topk=partial(TopK, keep), lowk=partial(LowK, keep),
                             threshold=partial(Threshold, threshold), gradnorm=partial(GradNorm, seed=seed),
                             orderedpool=partial(OrderedPool, keep=keep, seed=seed))[strategy]()
-        learn.selective_backprop(selector=selector, start=start, rescale=rescale, score=score if fp_selector in ('alwayson','stale') else fp_selector,
+        learn.selective_backprop(selector=selector, start=start, end=1., rescale=rescale, score=score if fp_selector in ('alwayson','stale') else fp_selector,
                                  stale=staleness if fp_selector == 'stale' else 1)
 
 def _learner(dataset, data, data_dir, model, batch_size, learning_rate, data_augmentation, cutout, length, seed, bf16):

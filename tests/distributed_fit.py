@@ -3,7 +3,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from common import Spy, digits_learner, weights
+from common import Spy, digits_learner, fresh, weights
 from fastai.distributed import DistributedDL
 
 torch.set_num_threads(1)
@@ -17,7 +17,7 @@ def broadcast(self, t, rank):  # fastai's own moves to CUDA, which is not here
 
 DistributedDL._broadcast = broadcast
 spy = Spy()
-learn = digits_learner(n=640, cbs=spy).selective_backprop(beta=1)
+learn = digits_learner(n=640, cbs=spy).selective_backprop(**fresh(beta=1))
 with learn.distrib_ctx(cpu=True, sync_bn=False), learn.no_bar(), learn.no_logging():
     learn.fit_one_cycle(3, 1e-2)
     w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -31,11 +31,16 @@ with learn.distrib_ctx(cpu=True, sync_bn=False), learn.no_bar(), learn.no_loggin
     assert not torch.equal(*first), "both processes trained on the same examples"
     assert learn.sb.log.selected.tolist() == [1.0, 0.5, 0.5], learn.sb.log
     assert spy.steps == 10 + 5 + 5
-    learn.selective_backprop(beta=1, exact=False)
+    learn.selective_backprop(**fresh(beta=1, exact=False))
     try:
         learn.fit(1)
     except ValueError as e:
         assert "exact=True" in str(e)
     else:
         sys.exit("random counts should have been refused")
+    learn.selective_backprop()  # losses cannot be remembered here: it scores
+    learn.fit_one_cycle(10, 1e-2)
+    w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    dist.all_gather(both, w)
+    assert torch.equal(*both) and learn.sb.counts["fp"] == 8 * 320 and learn.sb.log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0], learn.sb.log
 print(f"rank {dist.get_rank()} fine {len(weights(learn))}")

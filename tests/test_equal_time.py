@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import Spy, everything, same
+from common import Spy, everything, fresh, same
 from fastai.basics import set_seed
 from fastai.callback.core import Callback
 from scipy import stats
@@ -71,7 +71,7 @@ def fit(kw, budget, d=None, seed=0, cbs=()):
     set_seed(seed)
     learn = d.learner()
     if kw is not None:
-        learn.selective_backprop(**kw)
+        learn.selective_backprop(**fresh(**kw))
     count = Count()
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(et.endless, 0.1, cbs=[budget, count, et._NoValidation(), *cbs])
@@ -261,8 +261,7 @@ def test_each_method_runs_and_they_are_pairs(capsys):
     assert et.run(config, "plain", 1, 1, costs, "cpu")["init"] != lines["plain"]["init"]
     assert lines["plain"]["kept"] == lines["plain"]["loaded"] == 1 and lines["plain"]["scored"] == 0 and lines["plain"]["epochs"] == 3
     assert lines["random"]["scored"] == 0 and lines["random"]["loaded"] < 0.8
-    assert lines["random_scores"]["counts"]["scorer"] == "Scorer()" and lines["random_scores"]["counts"]["fp"] > 0
-    assert lines["random_scores"]["settings"] == dict(score="RandomScores()")
+    assert lines["random_scores"]["scored"] == 0 and lines["random_scores"]["settings"] == dict(selector="RandomScores(keep=0.5)")
     assert lines["rho"]["counts"]["fp"] > 288 and lines["rho"]["loaded"] == 1 and lines["rho"]["scored"] > 0.5
     assert "UserWarning" not in capsys.readouterr().err
 
@@ -277,7 +276,7 @@ def test_what_is_held_out():
     assert len(rest) == len(selector.irreducible) == 288 and len(trained[0]) == 32 and set(trained[0]) | set(rest) == set(range(320))
     assert counts["fp"] == 288 and counts["steps"] == {32: counts["loads"] // 32} and 6 <= et.spent(dict(counts, fp=0), COSTS) < 6 + 1.32
     learn = learner(rest)
-    learn.selective_backprop(selector=selector, batching="prune")
+    learn.selective_backprop(**fresh(selector=selector, batching="prune"))
     budget = et.Budget(60.0, COSTS, counts=counts)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(et.endless, 0.1, cbs=budget)
@@ -291,10 +290,11 @@ def test_the_same_run_again_is_the_same():
 
 
 def test_random_scores_are_random_and_their_own():
-    state = torch.get_rng_state()
-    f, batch = et.RandomScores(), (torch.zeros(64, 3),)
-    a, b = f(None, batch), f(None, batch)
-    assert (a != b).all() and torch.equal(et.RandomScores()(None, batch), a) and torch.equal(state, torch.get_rng_state())
+    state, losses = torch.get_rng_state(), torch.arange(64.0)
+    a, again = et.RandomScores(0.5), et.RandomScores(0.5)
+    first, second = a.measure(losses), a.measure(losses)
+    assert (first != second).all() and torch.equal(again.measure(losses), first) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(a.select(first).idx.sort().values, first.topk(32).indices.sort().values)  # as remembered
 
 
 def test_a_method_is_one_line(monkeypatch):
@@ -450,7 +450,7 @@ def test_the_papers_schedule(monkeypatch):
 @pytest.mark.parametrize(
     "args,says",
     [
-        (["--methods", "plain,magic"], "methods must be names among plain, random,"),
+        (["--methods", "plain,magic"], "methods must be names among plain, default, random,"),
         (["--methods", ","], "methods must be names among plain,"),
         (["--budgets", "3,x"], "budgets must be positive numbers, separated by commas, not '3,x'"),
         (["--budgets", "0"], "budgets must be positive"),

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import Spy, digits, digits_learner, digits_model, quiet_fit, weights
+from common import Spy, digits, digits_learner, digits_model, fresh, quiet_fit, weights
 from fastai.basics import DataLoaders, Learner, load_learner, set_seed
 from fastai.callback.all import (
     ActivationStats,
@@ -35,8 +35,8 @@ def ours(learn):
 def test_one_line_replace_and_remove():
     learn = digits_learner()
     cbs, metrics, lf = sorted(map(repr, learn.cbs)), list(learn.metrics), learn.loss_func
-    assert learn.selective_backprop() is learn
-    learn.selective_backprop(beta=3)
+    assert learn.selective_backprop(**fresh()) is learn
+    learn.selective_backprop(**fresh(beta=3))
     assert len(ours(learn)) == 1 and learn.sb is ours(learn)[0] and learn.sb.selector.beta == 3
     quiet_fit(learn, 2)
     learn.remove_cb(SelectiveBackpropCallback)
@@ -48,16 +48,16 @@ def test_one_line_replace_and_remove():
 
 
 def test_as_an_argument_of_fit():
-    cb = SelectiveBackpropCallback(beta=2)
+    cb = SelectiveBackpropCallback(**fresh(beta=2))
     learn = quiet_fit(digits_learner(), 2, cbs=cb)
     assert cb.log.fp.tolist() == [0, 640] and not hasattr(learn, "sb")
-    learn.selective_backprop()
+    learn.selective_backprop(**fresh())
     with pytest.raises(ValueError, match="two SelectiveBackpropCallbacks"):
-        quiet_fit(learn, 1, cbs=SelectiveBackpropCallback())
+        quiet_fit(learn, 1, cbs=SelectiveBackpropCallback(**fresh()))
 
 
 def test_each_fit_starts_afresh():
-    learn = digits_learner().selective_backprop()
+    learn = digits_learner().selective_backprop(**fresh())
     quiet_fit(learn, 3)
     quiet_fit(learn, 2)
     assert learn.sb.log.epoch.tolist() == [0, 1] and learn.sb.log.fp.tolist() == [0, 640]
@@ -65,14 +65,14 @@ def test_each_fit_starts_afresh():
 
 
 def test_fine_tune():
-    learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop(start=0)
+    learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop(**fresh(start=0))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(2, freeze_epochs=2)
     assert learn.sb.log.fp.tolist() == [640, 640]
 
 
 def test_progress_table_and_log(capsys):
-    learn = digits_learner().selective_backprop(beta=2)
+    learn = digits_learner().selective_backprop(**fresh(beta=2))
     with learn.no_bar():
         learn.fit(3, 1e-2)
     rows = [eval(o) for o in capsys.readouterr().out.strip().splitlines()]
@@ -84,7 +84,7 @@ def test_progress_table_and_log(capsys):
 
 
 def test_progress_bar_and_csv(tmp_path):
-    learn = digits_learner(path=tmp_path).selective_backprop(start=0, beta=3)
+    learn = digits_learner(path=tmp_path).selective_backprop(**fresh(start=0, beta=3))
     with learn.no_logging():
         learn.fit(2, 1e-2, cbs=CSVLogger(fname="h.csv"))
     df = pd.read_csv(tmp_path / "h.csv")
@@ -92,7 +92,7 @@ def test_progress_bar_and_csv(tmp_path):
 
 
 def test_train_metrics():
-    learn = digits_learner().selective_backprop(beta=1)
+    learn = digits_learner().selective_backprop(**fresh(beta=1))
     learn.recorder.train_metrics = True
     seen = []
 
@@ -108,7 +108,7 @@ def test_train_metrics():
 
 # other ways through the loop -------------------------------------------------------------------------------------------
 def test_lr_find_and_predictions_do_not_select(tmp_path):
-    learn = digits_learner(path=tmp_path).selective_backprop(start=0)
+    learn = digits_learner(path=tmp_path).selective_backprop(**fresh(start=0))
     with learn.no_bar():
         learn.lr_find(show_plot=False, num_it=40)
     assert learn.sb.counts["fp"] == 0
@@ -133,7 +133,7 @@ def test_interrupt_and_go_on(n):
             if self.training and self.train_iter == 25:
                 raise KeyboardInterrupt
 
-    learn = digits_learner().selective_backprop(beta=1)
+    learn = digits_learner().selective_backprop(**fresh(beta=1))
     for _ in range(n):
         with pytest.raises(KeyboardInterrupt):
             quiet_fit(learn, 3, cbs=Stop())
@@ -148,7 +148,7 @@ def test_interrupt_and_go_on(n):
 
 
 def test_early_stopping():
-    learn = digits_learner(cbs=EarlyStoppingCallback(monitor="valid_loss", min_delta=10.0, patience=1)).selective_backprop(start=0)
+    learn = digits_learner(cbs=EarlyStoppingCallback(monitor="valid_loss", min_delta=10.0, patience=1)).selective_backprop(**fresh(start=0))
     quiet_fit(learn, 5)
     assert len(learn.sb.log) == 2 and len(learn.metrics) == 1
 
@@ -159,7 +159,7 @@ def test_export_is_small_and_loads(tmp_path):
     for name in ("plain", "selective"):
         learn = digits_learner(n=1600, bs=400, path=tmp_path)
         if name == "selective":
-            learn.selective_backprop(beta=1, history=100_000, start=0)
+            learn.selective_backprop(**fresh(beta=1, history=100_000, start=0))
         quiet_fit(learn, 3)
         learn.export(f"{name}.pkl")
         sizes[name] = (tmp_path / f"{name}.pkl").stat().st_size
@@ -177,9 +177,9 @@ def test_export_is_small_and_loads(tmp_path):
 
 def test_save_load_and_resume(tmp_path):
     cb = SaveModelCallback(monitor="valid_loss", fname="m", every_epoch=True)
-    learn = digits_learner(path=tmp_path).selective_backprop(beta=1, seed=0)
+    learn = digits_learner(path=tmp_path).selective_backprop(**fresh(beta=1, seed=0))
     quiet_fit(learn, 4, cbs=cb)
-    resumed = digits_learner(path=tmp_path).selective_backprop(beta=1, seed=0)
+    resumed = digits_learner(path=tmp_path).selective_backprop(**fresh(beta=1, seed=0))
     resumed.load("m_1", with_opt=True)
     spy = Spy()
     quiet_fit(resumed, 4, cbs=spy, start_epoch=2)
@@ -190,7 +190,7 @@ def test_save_load_and_resume(tmp_path):
 
 
 def test_learner_pickles_in_mid_life():
-    learn = digits_learner().selective_backprop(beta=2, seed=1)
+    learn = digits_learner().selective_backprop(**fresh(beta=2, seed=1))
     quiet_fit(learn, 2)
     again = pickle.loads(pickle.dumps(learn.sb.selector))
     assert torch.equal(again.uniform(3, "cpu"), learn.sb.selector.uniform(3, "cpu"))
@@ -213,7 +213,7 @@ def test_mixup_mixes_what_was_selected(mix):
     x = x.view(-1, 1, 8, 8)
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     spy = Spy()
-    learn = Learner(dls, Images(), loss_func=CrossEntropyLossFlat(), cbs=[mix(), spy]).selective_backprop(start=1, history=64)
+    learn = Learner(dls, Images(), loss_func=CrossEntropyLossFlat(), cbs=[mix(), spy]).selective_backprop(**fresh(start=1, history=64))
     quiet_fit(learn, 3)
     originals = {tuple(o.flatten().tolist()) for o in x}
     scored = torch.cat([o for o in learn.model.scored if len(o) == 32])
@@ -226,14 +226,14 @@ def test_mixup_mixes_what_was_selected(mix):
 
 def test_gradient_accumulation_counts_what_is_trained():
     steps = Spy()
-    learn = digits_learner(cbs=[GradientAccumulation(n_acc=64), steps]).selective_backprop(beta=1, start=0)
+    learn = digits_learner(cbs=[GradientAccumulation(n_acc=64), steps]).selective_backprop(**fresh(beta=1, start=0))
     quiet_fit(learn, 3)
     assert steps.steps == learn.sb.counts["bp"] // 64
     assert len(learn.recorder.losses) == learn.sb.counts["bp"] // 32
 
 
 def test_callbacks_together():
-    learn = digits_learner(cbs=[GradientClip(0.1), ActivationStats(), MixedPrecision()]).selective_backprop(beta=1, start=0)
+    learn = digits_learner(cbs=[GradientClip(0.1), ActivationStats(), MixedPrecision()]).selective_backprop(**fresh(beta=1, start=0))
     import warnings
 
     with warnings.catch_warnings():
@@ -243,7 +243,7 @@ def test_callbacks_together():
 
 
 def test_autocast_trains_in_bf16_and_scores_in_it():
-    learn = digits_learner(cbs=Autocast()).selective_backprop(start=0)
+    learn = digits_learner(cbs=Autocast()).selective_backprop(**fresh(start=0))
     kinds = []
     learn.model[0].register_forward_hook(lambda m, i, o: kinds.append((m.training, o.dtype)))
     quiet_fit(learn, 2)
@@ -272,7 +272,7 @@ def test_several_inputs_and_targets():
     ds = [(o[:32], o[32:], t, torch.tensor(1.0)) for o, t in zip(x, y)]
     dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
     dls[0]._n_inp = dls[1]._n_inp = 2
-    learn = Learner(dls, Two(), loss_func=loss).selective_backprop(start=0)
+    learn = Learner(dls, Two(), loss_func=loss).selective_backprop(**fresh(start=0))
     quiet_fit(learn, 3)
     assert learn.sb.log.bp.sum() > 300
 
@@ -290,7 +290,7 @@ def test_dicts_in_a_batch():
 
     ds = [({"pixels": o}, t) for o, t in zip(x, y)]
     dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
-    learn = Learner(dls, Dict(), loss_func=CrossEntropyLossFlat()).selective_backprop(start=0)
+    learn = Learner(dls, Dict(), loss_func=CrossEntropyLossFlat()).selective_backprop(**fresh(start=0))
     quiet_fit(learn, 2)
     assert learn.sb.log.bp.sum() > 100
 
@@ -299,7 +299,8 @@ def test_multilabel_and_regression():
     x, y = digits(320)
     for t, lf, n in ((torch.eye(10)[y], BCEWithLogitsLossFlat(), 10), (torch.stack([y, y]).T.float(), MSELossFlat(), 2)):
         ds = list(zip(x, t))
-        learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0), nn.Linear(64, n), loss_func=lf).selective_backprop(start=0)
+        dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
+        learn = Learner(dls, nn.Linear(64, n), loss_func=lf).selective_backprop(**fresh(start=0))
         quiet_fit(learn, 3)
         assert learn.sb.log.selected.between(0.05, 0.8).all()
 
@@ -310,7 +311,7 @@ def test_segmentation_keeps_images_whole():
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     spy = Spy()
     learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=16, device="cpu", num_workers=0), model, loss_func=CrossEntropyLossFlat(axis=1), cbs=spy)
-    quiet_fit(learn.selective_backprop(start=0), 3)
+    quiet_fit(learn.selective_backprop(**fresh(start=0)), 3)
     for (xb,), (yb,) in spy.batches:
         assert torch.equal((xb[:, 0] > 0.5).long(), yb)
     assert learn.sb.log.bp.sum() >= 48
@@ -323,10 +324,10 @@ def test_tabular():
     cont = [f"p{i}" for i in range(20)]
     df = pd.DataFrame(x[:, :20].numpy(), columns=cont).assign(kind=[str(int(i) % 3) for i in y], label=[f"d{int(i)}" for i in y])
     dls = TabularDataLoaders.from_df(df, y_names="label", cat_names=["kind"], cont_names=cont, procs=[Categorify, Normalize], bs=32, device="cpu")
-    learn = tabular_learner(dls, layers=[40]).selective_backprop(beta=2)
+    learn = tabular_learner(dls, layers=[40]).selective_backprop(**fresh(beta=2))
     quiet_fit(learn, 4)
     assert learn.sb.log.selected[1:].between(0.1, 0.6).all()
-    quiet_fit(learn.selective_backprop(beta=2, batching="prune"), 2)
+    quiet_fit(learn.selective_backprop(**fresh(beta=2, batching="prune")), 2)
 
 
 def test_recurrent_models_return_more_than_a_prediction():
@@ -362,14 +363,14 @@ def test_recurrent_models_return_more_than_a_prediction():
 
     dls = DataLoaders(Padded(), Padded())
     learn = Learner(dls, Rnn(), loss_func=CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback()])
-    quiet_fit(learn.selective_backprop(start=0, batching="prune"), 2)
+    quiet_fit(learn.selective_backprop(**fresh(start=0, batching="prune")), 2)
     assert learn.sb.log.selected.between(0.2, 0.8).all()
 
 
 def test_a_language_model_is_refused():
     from fastai.text.data import LMDataLoader
 
-    learn = digits_learner().selective_backprop()
+    learn = digits_learner().selective_backprop(**fresh())
     lm = LMDataLoader([torch.arange(50)] * 20, bs=4, seq_len=5)
     learn.dls.loaders[0] = lm
     with pytest.raises(ValueError, match="LMDataLoader"):
@@ -381,7 +382,7 @@ def test_no_targets_is_refused():
     dls = DataLoaders.from_dsets([(o,) for o in x], [(o,) for o in x], bs=32, device="cpu", num_workers=0)
     learn = Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match="no targets"):
-        quiet_fit(learn.selective_backprop(), 1)
+        quiet_fit(learn.selective_backprop(**fresh()), 1)
 
 
 def test_channels_last_stays():
@@ -397,7 +398,7 @@ def test_channels_last_stays():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)).to(memory_format=torch.channels_last)
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[spy, ToChannelsLast()]).selective_backprop(start=0)
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[spy, ToChannelsLast()]).selective_backprop(**fresh(start=0))
     quiet_fit(learn, 2)
     assert spy.batches and all(b[0][0].is_contiguous(memory_format=torch.channels_last) for b in spy.batches)
 
@@ -408,7 +409,7 @@ def test_it_trains_as_well_on_fewer_examples():
     for name, kw in (("plain", None), ("sb", dict(beta=1)), ("exact", dict(beta=1, exact=True))):
         learn = digits_learner(n=1400)
         if kw:
-            learn.selective_backprop(**kw)
+            learn.selective_backprop(**fresh(**kw))
         quiet_fit(learn, 8)
         accs[name] = learn.recorder.values[-1][2]
         if kw:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import FirstColumn, Spy, digits, digits_learner, digits_model, everything, quiet_fit, same, weights
+from common import FirstColumn, Spy, digits, digits_learner, digits_model, everything, fresh, quiet_fit, same, weights
 from fastai.callback.hook import Hook
 from fastai.callback.tracker import TerminateOnNaNCallback
 from torch import nn
@@ -34,7 +34,7 @@ def test_off_is_bit_identical(kw, drop_last):
         pytest.skip("a short last batch waits for the next epoch, as it should")
     want = quiet_fit(digits_learner(n=650, drop_last=drop_last))
     state = torch.get_rng_state(), random.getstate()
-    got = quiet_fit(digits_learner(n=650, drop_last=drop_last).selective_backprop(**kw))
+    got = quiet_fit(digits_learner(n=650, drop_last=drop_last).selective_backprop(**fresh(**kw)))
     assert torch.equal(weights(want), weights(got))
     assert same(state, (torch.get_rng_state(), random.getstate()))
     assert want.recorder.losses == got.recorder.losses and want.recorder.lrs == got.recorder.lrs
@@ -43,7 +43,7 @@ def test_off_is_bit_identical(kw, drop_last):
 
 def test_on_is_not():
     want = quiet_fit(digits_learner())
-    got = quiet_fit(digits_learner().selective_backprop(start=0))
+    got = quiet_fit(digits_learner().selective_backprop(**fresh(start=0)))
     assert not torch.equal(weights(want), weights(got))
 
 
@@ -106,7 +106,7 @@ def test_a_network_that_lives_by_its_hooks():
             h = self.b(self.a(x).relu())
             return self.c(torch.cat([h, self.hook.stored], 1))
 
-    learn = digits_learner(model=Skip()).selective_backprop(start=0)
+    learn = digits_learner(model=Skip()).selective_backprop(**fresh(start=0))
     x, y = digits(32)
     sb = SelectiveBackprop(learn.model, nn.CrossEntropyLoss(), 32)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_nothing_lost_nothing_twice(batching, exact, drop_last):
     dls[0].drop_last = drop_last
     sel, spy = Chosen(2, exact=exact, seed=0), Planted()
     learn = Learner(dls, FirstColumn(), loss_func=lambda p, t: (p * 0).mean(), cbs=spy)
-    learn.selective_backprop(selector=sel, batching=batching, per_item=lambda p, t: p)
+    learn.selective_backprop(**fresh(selector=sel, batching=batching, per_item=lambda p, t: p))
     quiet_fit(learn, epochs)
     log = learn.sb.log
     per_epoch = n // bs * bs if drop_last else n
@@ -197,7 +197,7 @@ def test_nothing_lost_nothing_twice(batching, exact, drop_last):
 @pytest.mark.parametrize("kw", [dict(beta=1), dict(beta=3, exact=True), dict(beta=2, batching="prune"), dict(beta=3, start=0.3, end=0.8)], ids=str)
 def test_schedule_ends_at_its_end(kw):
     spy = Spy()
-    learn = digits_learner(cbs=spy).selective_backprop(**kw)
+    learn = digits_learner(cbs=spy).selective_backprop(**fresh(**kw))
     quiet_fit(learn, 5)
     steps = len(learn.recorder.lrs)
     assert spy.steps == steps == len(learn.recorder.losses) == len(learn.recorder.hps["lr"]) == len(learn.recorder.hps["mom"])
@@ -211,11 +211,11 @@ def test_schedule_ends_at_its_end(kw):
 
 
 def test_start_and_end():
-    learn = digits_learner().selective_backprop(beta=1, start=0.25, end=0.75)
+    learn = digits_learner().selective_backprop(**fresh(beta=1, start=0.25, end=0.75))
     quiet_fit(learn, 4)
     s = np.array(learn.sb.engine.fractions).reshape(4, -1)
     assert (s[[0, 3]] == 1).all() and s[1:3].max() < 1
-    learn.selective_backprop(beta=1, start=2, end=3)
+    learn.selective_backprop(**fresh(beta=1, start=2, end=3))
     quiet_fit(learn, 4)
     assert learn.sb.log.fp.tolist() == [0, 0, 640, 0]
 
@@ -224,7 +224,7 @@ def test_start_and_end():
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
 def test_train_loss_is_of_what_was_trained(batching):
     spy = Spy()
-    learn = digits_learner(cbs=spy).selective_backprop(beta=2, batching=batching)
+    learn = digits_learner(cbs=spy).selective_backprop(**fresh(beta=2, batching=batching))
     quiet_fit(learn, 3)
     smooth, val = [], 0.0
     for i, (loss, _) in enumerate(spy.losses, 1):  # fastai's smoothed loss, over the trained batches only
@@ -254,7 +254,7 @@ def test_candidate_loss_is_over_all_candidates():
 
             raise CancelStepException
 
-    learn = digits_learner(noise=0, p=0, model=nn.Linear(64, 10), cbs=Frozen()).selective_backprop(beta=3)
+    learn = digits_learner(noise=0, p=0, model=nn.Linear(64, 10), cbs=Frozen()).selective_backprop(**fresh(beta=3))
     x, y = digits(640)
     with torch.no_grad():
         want = F.cross_entropy(learn.model(x), y).item()
@@ -275,7 +275,7 @@ def test_a_whole_fit_against_the_paper():
             return s
 
     record, R, beta = [], 200, 2
-    learn = digits_learner().selective_backprop(selector=Seen(beta, seed=3), history=R, start=0)
+    learn = digits_learner().selective_backprop(**fresh(selector=Seen(beta, seed=3), history=R, start=0))
     quiet_fit(learn, 3)
     hist, n = np.zeros(0, np.float32), 0
     for losses, u, chosen in record:
@@ -288,7 +288,7 @@ def test_a_whole_fit_against_the_paper():
 
 def test_training_losses_fill_the_history_before_selection():
     spy = Spy()
-    learn = digits_learner(cbs=spy).selective_backprop(start=1, history=100)
+    learn = digits_learner(cbs=spy).selective_backprop(**fresh(start=1, history=100))
     per_item = []
 
     class Fill(Spy):
@@ -377,7 +377,7 @@ def test_no_loop_over_examples():
 
 @pytest.mark.parametrize("exact,allowed", [(True, 0), (False, 1)])
 def test_the_callback_does_not_wait(exact, allowed):
-    learn = digits_learner().selective_backprop(exact=exact)
+    learn = digits_learner().selective_backprop(**fresh(exact=exact))
     cb, seen = learn.sb, []
 
     def counted(f, event):
@@ -405,9 +405,9 @@ def test_the_callback_does_not_wait(exact, allowed):
 ], ids=str)
 def test_wrong_arguments_are_refused_at_the_call(kw, words):
     learn = digits_learner()
-    learn.selective_backprop(beta=2.5)
+    learn.selective_backprop(**fresh(beta=2.5))
     with pytest.raises((ValueError, TypeError), match=words.replace("(", r"\(")):
-        learn.selective_backprop(**kw)
+        learn.selective_backprop(**fresh(**kw))
     assert learn.sb.selector.beta == 2.5  # bad input changes nothing
 
 
@@ -416,14 +416,14 @@ def test_a_loss_that_cannot_be_split_is_refused_before_the_fit():
         return F.cross_entropy(p, t)
 
     spy = Spy()
-    learn = digits_learner(loss_func=mine, cbs=spy).selective_backprop()
+    learn = digits_learner(loss_func=mine, cbs=spy).selective_backprop(**fresh())
     with pytest.raises(TypeError, match="per_item="):
         quiet_fit(learn)
     assert not getattr(spy, "batches", None)
-    learn.selective_backprop(per_item=lambda p, t: F.cross_entropy(p, t, reduction="none"))
+    learn.selective_backprop(**fresh(per_item=lambda p, t: F.cross_entropy(p, t, reduction="none")))
     quiet_fit(learn)
     assert learn.sb.counts["fp"] == 640
-    quiet_fit(digits_learner(loss_func=mine).selective_backprop(beta=0))  # keeps everything: any loss will do
+    quiet_fit(digits_learner(loss_func=mine).selective_backprop(**fresh(beta=0)))  # keeps everything: any loss will do
 
 
 def test_a_loss_that_turns_out_not_to_split_is_refused_on_the_first_batch():
@@ -434,7 +434,7 @@ def test_a_loss_that_turns_out_not_to_split_is_refused_on_the_first_batch():
             return F.cross_entropy(p, t)
 
     spy = Spy()
-    learn = digits_learner(loss_func=Ignores(), cbs=spy).selective_backprop(start=1)
+    learn = digits_learner(loss_func=Ignores(), cbs=spy).selective_backprop(**fresh(start=1))
     with pytest.raises(TypeError, match="per_item="):
         quiet_fit(learn, 3)
     assert len(spy.batches) == 1 and spy.steps == 0
@@ -472,11 +472,11 @@ def test_rows_that_do_not_fit_together_are_refused_before_selection_begins():
         dls.device = torch.device("cpu")
         return Learner(dls, Mean(), loss_func=nn.MSELoss())
 
-    learn = learner().selective_backprop(start=1)
+    learn = learner().selective_backprop(**fresh(start=1))
     with pytest.raises(ValueError, match=r"shape \(6,\).*\(5,\).*batching='prune'"):
         quiet_fit(learn, 2)
     assert learn.train_iter == 1  # the second batch of the first epoch, not half-way
-    learn = learner().selective_backprop(start=1, batching="prune")
+    learn = learner().selective_backprop(**fresh(start=1, batching="prune"))
     quiet_fit(learn, 3)
     assert learn.sb.log.selected[1:].between(0.1, 0.9).all()
 
@@ -500,7 +500,7 @@ def test_non_finite_losses(exact, batching):
 
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     learn = Learner(dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=Watch())
-    learn.selective_backprop(beta=3, start=0, exact=exact, batching=batching)
+    learn.selective_backprop(**fresh(beta=3, start=0, exact=exact, batching=batching))
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter("always")
         quiet_fit(learn, 4)
@@ -513,7 +513,7 @@ def test_non_finite_losses(exact, batching):
 
 
 def test_terminate_on_nan_sees_it():
-    learn = digits_learner(cbs=TerminateOnNaNCallback()).selective_backprop(start=0, beta=3)
+    learn = digits_learner(cbs=TerminateOnNaNCallback()).selective_backprop(**fresh(start=0, beta=3))
     x = learn.dls.train_ds.x
     x[:] = float("nan")
     with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from common import FirstColumn, Spy, digits, digits_learner, digits_model, quiet_fit
+from common import FirstColumn, Spy, digits, digits_learner, digits_model, fresh, quiet_fit
 from fastai.basics import DataLoaders, Learner
 from fastai.callback.all import CutMix, MixUp
 from fastai.callback.core import Callback
@@ -33,7 +33,7 @@ def planted_learner(n=600, bs=32, cbs=None, losses=None, drop_last=False, **kwar
     dls = DataLoaders.from_dsets(ds, Counted(20), bs=bs, device="cpu", num_workers=0)
     dls[0].drop_last = drop_last
     learn = Learner(dls, FirstColumn(), loss_func=lambda p, t: (p * 0).mean(), cbs=cbs)
-    learn.selective_backprop(per_item=lambda p, t: losses[t] + 0 * p, **kwargs)
+    learn.selective_backprop(**fresh(per_item=lambda p, t: losses[t] + 0 * p, **kwargs))
     return learn, ds
 
 
@@ -191,7 +191,7 @@ def test_all_is_put_back_after_an_exception(how, when):
                 raise how(when)
 
     setattr(Stop, when, Stop.stop)
-    learn = digits_learner().selective_backprop(score="cached")
+    learn = digits_learner().selective_backprop(**fresh(score="cached"))
     dl, before, metrics = learn.dls.train, loader_state(learn), list(learn.metrics)
     with pytest.raises(how):
         quiet_fit(learn, 4, cbs=Stop())
@@ -213,7 +213,7 @@ def test_cancelled_fits_put_all_back():
             if self.epoch == 2:
                 raise CancelFitException
 
-    learn = digits_learner().selective_backprop(score="two_stage")
+    learn = digits_learner().selective_backprop(**fresh(score="two_stage"))
     dl, before = learn.dls.train, loader_state(learn)
     quiet_fit(learn, 4, cbs=Stop())
     same_loader(learn, before, dl)
@@ -222,7 +222,7 @@ def test_cancelled_fits_put_all_back():
 
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_mixtures_are_refused(mix):
-    learn = digits_learner(cbs=mix()).selective_backprop(score="cached")
+    learn = digits_learner(cbs=mix()).selective_backprop(**fresh(score="cached"))
     with pytest.raises(ValueError, match=mix.__name__ + ".*score='model'"):
         quiet_fit(learn, 1)
 
@@ -232,11 +232,11 @@ def test_loaders_that_do_not_tell_are_refused_before_the_fit():
     ds = torch.utils.data.TensorDataset(x, y)
     torch_dls = DataLoaders(torch.utils.data.DataLoader(ds, batch_size=32), torch.utils.data.DataLoader(ds, batch_size=32))
     spy = Spy()
-    learn = Learner(torch_dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=spy).selective_backprop(score="cached")
+    learn = Learner(torch_dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=spy).selective_backprop(**fresh(score="cached"))
     with pytest.raises(ValueError, match="score='model'"):
         quiet_fit(learn, 1)
     assert not getattr(spy, "batches", None)
-    quiet_fit(learn.selective_backprop(), 1)
+    quiet_fit(learn.selective_backprop(**fresh()), 1)
 
 
 @pytest.mark.parametrize("kw,words", [
@@ -245,7 +245,7 @@ def test_loaders_that_do_not_tell_are_refused_before_the_fit():
 ], ids=str)
 def test_wrong_arguments(kw, words):
     with pytest.raises((ValueError, TypeError), match=words):
-        digits_learner().selective_backprop(**kw)
+        digits_learner().selective_backprop(**fresh(**kw))
 
 
 def test_predictions_are_not_remembered():
@@ -254,7 +254,7 @@ def test_predictions_are_not_remembered():
     for sel in (Absolute(), GradNorm()):
         for kw in (dict(score="cached"), dict(stale=2), dict(score="two_stage")):
             with pytest.raises(ValueError, match="needs predictions"):
-                digits_learner().selective_backprop(selector=sel, **kw)
+                digits_learner().selective_backprop(**fresh(selector=sel, **kw))
 
 
 def test_they_all_learn():
@@ -262,7 +262,7 @@ def test_they_all_learn():
     for name, kw in dict(plain=None, stale=dict(stale=3), cached=dict(score="cached"), two=dict(score="two_stage")).items():
         learn = digits_learner(n=1400)
         if kw is not None:
-            learn.selective_backprop(**kw)
+            learn.selective_backprop(**fresh(**kw))
         quiet_fit(learn, 8)
         accs[name] = learn.recorder.values[-1][2]
     assert min(accs.values()) > accs["plain"] - 0.06, accs
@@ -270,18 +270,18 @@ def test_they_all_learn():
 
 def test_schedule_and_resume(tmp_path):
     spy = Spy()
-    learn = digits_learner(cbs=spy, path=tmp_path).selective_backprop(score="cached")
+    learn = digits_learner(cbs=spy, path=tmp_path).selective_backprop(**fresh(score="cached"))
     quiet_fit(learn, 4)
     assert learn.recorder.hps["lr"] == learn.recorder.lrs and learn.recorder.lrs[-1] < 1e-3
     learn.save("m")
-    again = digits_learner(path=tmp_path).selective_backprop(score="cached")
+    again = digits_learner(path=tmp_path).selective_backprop(**fresh(score="cached"))
     again.load("m")
     quiet_fit(again, 6, start_epoch=4)
     assert again.sb.log.selected.tolist()[0] == 1 and again.sb.log.selected.tolist()[1] < 0.7  # nothing remembered yet: everything is loaded once
 
 
 def test_beta_0_loads_everything():
-    learn = digits_learner().selective_backprop(score="cached", beta=0)
+    learn = digits_learner().selective_backprop(**fresh(score="cached", beta=0))
     quiet_fit(learn, 2)
     assert learn.sb.log.loads.tolist() == [640, 640] and learn.sb.cache is None
 
@@ -295,7 +295,7 @@ def test_several_processes_are_refused_where_they_would_go_apart(monkeypatch):
     for kw, words in ((dict(score="cached", exact=True), "score='model'"), (dict(stale=2, exact=True), "score='model'"),
                       (dict(selector=GradNorm()), "exact=True"), (dict(selector=ReducibleLoss(torch.ones(640))), "score='model'"),
                       (dict(exact=False), "exact=True")):
-        learn = digits_learner().selective_backprop(**kw)
+        learn = digits_learner().selective_backprop(**fresh(**kw))
         with pytest.raises(ValueError, match=words):
             quiet_fit(learn, 1)
         assert len(learn.metrics) == 1 and "do_item" not in vars(learn.dls.train)

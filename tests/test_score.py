@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Spy, digits_learner, digits_model, everything, quiet_fit, same, weights
+from common import Spy, digits_learner, digits_model, everything, fresh, quiet_fit, same, weights
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, load_learner, set_seed
 from fastai.callback.mixup import MixUp
 from test_invariants import Counter
@@ -78,7 +78,7 @@ def test_a_fit_with_each_scorer(score):
     "Trains on exactly half; everything is accounted for; the last epoch's own batch is of full size"
     score = dict(proxy=Proxy(conv_net(3), every=2), frozen=Proxy(conv_net(3), every=None), function=lambda m, b: -m(b[0]).amax(1)).get(str(score), score)
     spy = Spy()
-    learn = image_learner(cbs=spy).selective_backprop(score=score)
+    learn = image_learner(cbs=spy).selective_backprop(**fresh(score=score))
     quiet_fit(learn, 3)
     assert learn.sb.counts == dict(candidates=1536, fp=1024, bp=1024) and spy.steps == 16
     assert learn.sb.log.selected.tolist() == [1.0, 0.5, 0.5] and {len(b[1][0]) for b in spy.batches if b[1]} == {64}
@@ -86,7 +86,8 @@ def test_a_fit_with_each_scorer(score):
 
 
 def test_the_default_is_the_model_itself():
-    assert same(weights(quiet_fit(image_learner().selective_backprop(seed=0))), weights(quiet_fit(image_learner().selective_backprop(seed=0, score=Scorer()))))
+    fit = lambda **kw: weights(quiet_fit(image_learner().selective_backprop(**fresh(seed=0, **kw))))
+    assert same(fit(), fit(score=Scorer()))
 
 
 @pytest.mark.parametrize("kw", [dict(start=5), dict(beta=0), dict(selector=TopK(1.0), start=0)], ids=str)
@@ -94,7 +95,7 @@ def test_off_means_off_with_a_proxy(kw):
     "A proxy, with dropout and BatchNorm, trains beside a model that must not notice"
     proxy = Proxy(conv_net(3), every=1)
     plain = weights(quiet_fit(image_learner()))
-    assert same(plain, weights(quiet_fit(image_learner().selective_backprop(score=proxy, **kw))))
+    assert same(plain, weights(quiet_fit(image_learner().selective_backprop(**fresh(score=proxy, **kw)))))
     assert (proxy.opt is not None) == ("start" in kw and kw["start"] == 5)  # where nothing can ever be left out, it need not learn
 
 
@@ -119,7 +120,7 @@ def test_a_proxy_learns_from_what_is_selected():
     spy, net = Spy(), conv_net(3)
     net[3] = nn.Identity()  # no dropout, so that the reference needs no draws
     twin = copy.deepcopy(net)
-    learn = image_learner(cbs=spy).selective_backprop(score=Proxy(net, every=4), start=1)
+    learn = image_learner(cbs=spy).selective_backprop(**fresh(score=Proxy(net, every=4), start=1))
     quiet_fit(learn, 2)
     opt, since = torch.optim.AdamW(twin.parameters(), lr=2e-3), 0
     for xb, yb in spy.batches[:8]:  # before selection: every fourth
@@ -148,7 +149,7 @@ def test_a_proxy_is_trained_on_what_mixup_has_not_mixed():
             seen.append(None if batch is None else batch[0].clone())
 
     spy = Spy()
-    learn = image_learner(cbs=[spy, MixUp()]).selective_backprop(score=Watch(conv_net(3)), start=0)
+    learn = image_learner(cbs=[spy, MixUp()]).selective_backprop(**fresh(score=Watch(conv_net(3)), start=0))
     rows = {r.sum().item() for b in learn.dls.train for r in b[0]}
     quiet_fit(learn, 1)
     ready = [s for s in seen if s is not None]
@@ -166,7 +167,7 @@ def test_percentiles_do_not_mix_scales():
                 held.append(len(history))
                 return super().probs(losses, history, **context)
 
-        quiet_fit(image_learner().selective_backprop(selector=First(1, exact=True), score=score), 2)
+        quiet_fit(image_learner().selective_backprop(**fresh(selector=First(1, exact=True), score=score)), 2)
         return held[0]
 
     assert at_start("model") == 512 + 64 and at_start(Scorer(precision="bf16")) == 512 + 64
@@ -179,7 +180,7 @@ def test_what_does_not_fit_is_known_on_the_first_batch():
                                 (image_learner(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Scorer(size=0.5), "cannot score these batches"),
                                 (image_learner(), Proxy(digits_model()), "cannot score these batches"),
                                 (image_learner(), lambda m, b: torch.zeros(3), "one number a row"), (image_learner(), lambda m, b: 1.0, "one number a row")):
-        learn.selective_backprop(score=score, start=2)
+        learn.selective_backprop(**fresh(score=score, start=2))
         before = weights(learn)
         with pytest.raises(ValueError, match=words):
             quiet_fit(learn, 3)
@@ -192,14 +193,14 @@ def test_what_does_not_fit_is_known_on_the_first_batch():
     (dict(score=Scorer(size=0.5), stale=2), "stale=2"), (dict(score=Proxy(nn.Linear(2, 2)), stale=3), "stale=3")])
 def test_refused_at_the_call(kw, words):
     with pytest.raises((ValueError, TypeError), match=words):
-        SelectiveBackpropCallback(**kw)
+        SelectiveBackpropCallback(**fresh(**kw))
 
 
 def test_scorers_and_other_settings():
-    quiet_fit(image_learner().selective_backprop(score=Scorer(precision="bf16"), stale=2), 3)
-    learn = quiet_fit(image_learner().selective_backprop(score=Proxy(conv_net(3)), selector=GradNorm(), rescale="mean"), 2)
+    quiet_fit(image_learner().selective_backprop(**fresh(score=Scorer(precision="bf16"), stale=2)), 3)
+    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Proxy(conv_net(3)), selector=GradNorm(), rescale="mean")), 2)
     assert learn.sb.counts["candidates"] == 1024
-    learn = quiet_fit(image_learner().selective_backprop(score=Scorer(size=0.75), selector=ReducibleLoss(torch.zeros(512))), 2)
+    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Scorer(size=0.75), selector=ReducibleLoss(torch.zeros(512)))), 2)
     assert learn.sb.counts["fp"] == 512
 
 
@@ -219,8 +220,8 @@ def test_several_inputs():
     def learner(score):
         data = TensorDataset(x, t, y)
         data.n_inp = 2
-        return Learner(DataLoaders.from_dsets(data, data, bs=32, device="cpu", num_workers=0), TwoInputs(), loss_func=nn.CrossEntropyLoss()).selective_backprop(
-            score=score, start=0)
+        dls = DataLoaders.from_dsets(data, data, bs=32, device="cpu", num_workers=0)
+        return Learner(dls, TwoInputs(), loss_func=nn.CrossEntropyLoss()).selective_backprop(**fresh(score=score, start=0))
 
     learn = learner(Scorer(size=0.5, input=0))
     quiet_fit(learn, 1)
@@ -232,7 +233,7 @@ def test_several_inputs():
 
 
 def test_export_stays_small_and_loads(tmp_path):
-    learn = quiet_fit(image_learner().selective_backprop(score=Proxy(conv_net(64, pool=2), every=1, compile=dict(backend="eager"))), 2)
+    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Proxy(conv_net(64, pool=2), every=1, compile=dict(backend="eager")))), 2)
     learn.path = tmp_path
     learn.export("l.pkl")
     proxy_bytes = sum(p.nbytes for p in learn.sb.scorer.model.parameters())
@@ -288,7 +289,7 @@ def test_a_learner_with_a_compiled_model(kw):
             if self.training:
                 frames.append((self.epoch, counter.frame_count))
 
-    quiet_fit(learn.selective_backprop(**kw), 14, cbs=Count())
+    quiet_fit(learn.selective_backprop(**fresh(**kw)), 14, cbs=Count())
     after = [f for e, f in frames if e > 2]
     assert len(after) >= 50 and len(set(after)) == 1, frames
     assert after[0] <= 4
@@ -323,7 +324,7 @@ def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
         kw = dict(score=Proxy(conv_net(3), every=1, opt_func=partial(torch.optim.SGD, lr=0.1)))  # AdamW keeps a number on the host, and reads that
     if device == "cpu":
         monkeypatch.setattr("fastsb.cache._check_items", lambda items, n: items)  # it looks at indices on the host only, where that is free
-    learn = image_learner(device=device).selective_backprop(**kw)
+    learn = image_learner(device=device).selective_backprop(**fresh(**kw))
     seen, sb = [], learn.sb
 
     def counted(f, event):
@@ -376,7 +377,7 @@ def test_doubtful_in_a_fit_against_an_account_kept_here():
                 items = self.learn.sb._row_items
                 memory[items] = torch.where(memory[items].isnan(), l, 0.5 * memory[items] + 0.5 * l)
 
-    learn = image_learner(n, B, cbs=Train()).selective_backprop(score=Watch(share))
+    learn = image_learner(n, B, cbs=Train()).selective_backprop(**fresh(score=Watch(share)))
     quiet_fit(learn, 3)
     assert seen == [16] * 16 and learn.sb.counts == dict(candidates=3 * n, fp=16 * 16, bp=n + n)
     torch.testing.assert_close(learn.sb.cache.losses(), memory, rtol=1e-4, atol=1e-5)
@@ -390,4 +391,4 @@ def test_doubtful_needs_to_remember():
     x, y = torch.randn(32, 64), torch.arange(32) % 10
     assert len(sb.offer((x, y), remembered=torch.rand(32))) == 1 and sb.counts == dict(candidates=32, fp=16, bp=16)
     with pytest.raises(ValueError, match="MixUp"):
-        quiet_fit(image_learner(cbs=MixUp()).selective_backprop(score=Doubtful()), 2)
+        quiet_fit(image_learner(cbs=MixUp()).selective_backprop(**fresh(score=Doubtful())), 2)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import FirstColumn, Spy, digits, digits_learner, quiet_fit
+from common import FirstColumn, Spy, digits, digits_learner, fresh, quiet_fit
 from fastai.callback.all import MixUp, SchedCos
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from torch import nn
@@ -277,7 +277,7 @@ def test_gradnorm_gate():
 
 
 def test_gradnorm_in_a_fit_trains_whole_until_the_gate_opens():
-    learn = digits_learner(n=1400, noise=0).selective_backprop(selector=GradNorm(3, seed=0), start=0)
+    learn = digits_learner(n=1400, noise=0).selective_backprop(**fresh(selector=GradNorm(3, seed=0), start=0))
     quiet_fit(learn, 12)
     log = learn.sb.log
     assert log.fp[0] < log.candidates[0] and log.fp.sum() > 0  # no extra forward pass before
@@ -302,7 +302,7 @@ def test_reducible_loss_knows_the_items(shuffle, num_workers):
     dls = DataLoaders.from_dsets(ds, ds[:20], bs=32, device="cpu", num_workers=num_workers)
     dls.train.shuffle = shuffle
     learn = Learner(dls, FirstColumn(), loss_func=lambda p, t: (p * 0).mean())
-    learn.selective_backprop(selector=Watch(irr, 0.25), per_item=lambda p, t: p, start=0)
+    learn.selective_backprop(**fresh(selector=Watch(irr, 0.25), per_item=lambda p, t: p, start=0))
     quiet_fit(learn, 2)
     assert len(seen) == 18 and all(torch.equal(a, b) for a, b in seen)
     assert learn.sb.log.selected.iloc[-1] == pytest.approx(0.25, abs=0.1)
@@ -363,7 +363,7 @@ family = [Random(0.5), Hybrid(1), Absolute(), Threshold(0.5), TopK(0.5), LowK(0.
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
 @pytest.mark.parametrize("sel", family, ids=repr)
 def test_every_selector_in_a_fit(sel, batching):
-    learn = digits_learner().selective_backprop(selector=sel, batching=batching, start=1)
+    learn = digits_learner().selective_backprop(**fresh(selector=sel, batching=batching, start=1))
     quiet_fit(learn, 3)
     log = learn.sb.log
     assert log.selected[1:].max() < 1 and log.bp.sum() > 640 and log.fp.tolist()[0] == 0
@@ -401,7 +401,7 @@ def test_the_weighted_loss_of_a_fit_is_the_hand_computed_one(rescale, batching):
             assert self.learn.loss_grad.requires_grad
             got.append(w)
 
-    learn = digits_learner(cbs=Check()).selective_backprop(selector=Hybrid(1), rescale=rescale, batching=batching, start=0)
+    learn = digits_learner(cbs=Check()).selective_backprop(**fresh(selector=Hybrid(1), rescale=rescale, batching=batching, start=0))
     quiet_fit(learn, 3)
     w = torch.cat(got)
     assert len(got) > 20 and w.std() > 0
@@ -411,30 +411,30 @@ def test_the_weighted_loss_of_a_fit_is_the_hand_computed_one(rescale, batching):
 def test_rescale_mean_is_the_loss_itself():
     losses = []
     for kw in (dict(), dict(rescale="mean")):
-        learn = quiet_fit(digits_learner().selective_backprop(seed=0, **kw))
+        learn = quiet_fit(digits_learner().selective_backprop(**fresh(seed=0, **kw)))
         losses.append(learn.recorder.losses)
     assert losses[0] == losses[1]
 
 
 def test_weights_and_mixed_losses_do_not_go_together():
-    learn = digits_learner(cbs=MixUp()).selective_backprop(rescale="sum")
+    learn = digits_learner(cbs=MixUp()).selective_backprop(**fresh(rescale="sum"))
     with pytest.raises(ValueError, match="MixUp"):
         quiet_fit(learn)
 
 
 def test_interrupt():
-    learn = digits_learner().selective_backprop(interrupt=4, start=0, batching="prune")
+    learn = digits_learner().selective_backprop(**fresh(interrupt=4, start=0, batching="prune"))
     quiet_fit(learn, 2)
     f = np.array(learn.sb.engine.fractions)
     assert len(f) == 40 and (f[3::4] == 1).all() and np.delete(f, np.arange(3, 40, 4)).max() < 1
     assert learn.sb.counts["fp"] == 1280 * 3 // 4
     for n in (0, 1, 1.5, True):
         with pytest.raises(ValueError, match="interrupt="):
-            learn.selective_backprop(interrupt=n)
+            learn.selective_backprop(**fresh(interrupt=n))
 
 
 def test_top_share():
-    learn = digits_learner(noise=0, p=0).selective_backprop(start=1, exact=True)
+    learn = digits_learner(noise=0, p=0).selective_backprop(**fresh(start=1, exact=True))
     tops = []
 
     class Watch(Spy):
@@ -453,7 +453,7 @@ def test_top_share():
 
 
 def test_it_says_once_when_selection_cannot_pay(capsys):
-    learn = digits_learner(n=320).selective_backprop(start=0)
+    learn = digits_learner(n=320).selective_backprop(**fresh(start=0))
     with learn.no_bar():
         learn.fit(1, 1e-6)  # nothing is learnt, so losses stay even
         learn.fit(1, 1e-6)

@@ -1,0 +1,195 @@
+"What `learn.selective_backprop()` does without arguments, and what it does where that cannot be done."
+import numpy as np
+import pytest
+import torch
+from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit, weights
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat
+from fastai.callback.mixup import MixUp
+from torch import nn
+
+from fastsb.callback import SelectiveBackpropCallback, paper_settings
+from fastsb.score import Doubtful
+from fastsb.select import Capped, Percentile, TopK, Uncertainty
+
+
+class Reference(Callback):
+    "Who should be trained on: moving averages of what training itself shows, in NumPy"
+
+    order = 60
+
+    def __init__(self, x, measure):
+        self.ids, self.measure = {r.numpy().tobytes(): i for i, r in enumerate(x)}, measure
+        self.known, self.epochs, self.want = np.full(len(x), np.nan), [], []
+
+    def before_epoch(self):
+        seen = np.flatnonzero(np.isfinite(self.known))
+        order = seen[np.argsort(-self.known[seen], kind="stable")]
+        k = max(1, int(len(seen) / 2 + 0.5)) if len(seen) else 0
+        self.want.append(set(order[:k]) | set(np.flatnonzero(np.isnan(self.known))))
+        self.epochs.append([])
+
+    def after_loss(self):
+        if not self.training:
+            return
+        rows = [self.ids[r.numpy().tobytes()] for r in self.xb[0]]
+        new = self.measure(self.pred.detach().double().numpy(), self.yb[0].numpy())
+        old = self.known[rows]
+        self.known[rows] = np.where(np.isnan(old), new, (old + new) / 2)
+        self.epochs[-1] += rows
+
+
+def entropy(pred, y):
+    p = np.exp(pred - pred.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    return -(p * np.log(p)).sum(1)
+
+
+def squared(pred, y):
+    return ((pred - y) ** 2).mean(1)
+
+
+def learner(n, loss_func, out, targets, cbs):
+    x, y = digits(n)
+    y = torch.stack([y / 9.0], 1) if targets == "numbers" else y
+    dls = DataLoaders.from_dsets(NoisyRows(x, y, 0), NoisyRows(x[:50], y[:50], 0), bs=32, device="cpu", num_workers=0)
+    torch.manual_seed(3)
+    return Learner(dls, nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, out)), loss_func=loss_func, cbs=cbs)
+
+
+@pytest.mark.parametrize(
+    "loss_func,out,targets,measure",
+    [
+        (CrossEntropyLossFlat(), 10, "classes", entropy),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy),
+        (MSELossFlat(), 1, "numbers", squared),
+    ],
+)
+def test_the_half_in_most_doubt(loss_func, out, targets, measure):
+    "By prediction entropy where there are classes, whatever the labels; elsewhere by loss. Nothing is scored, nothing else is loaded"
+    ref = Reference(digits(650)[0], measure)
+    learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(), 6)
+    sb = learn.sb
+    assert sb.counts["fp"] == 0 and sb.log.loads.tolist() == sb.log.bp.tolist() == [len(e) for e in ref.epochs]
+    assert [len(e) for e in ref.epochs[:1]] == [640] and all(len(e) <= 352 for e in ref.epochs[1:])
+    for got, want in zip(ref.epochs[1:], ref.want[1:]):
+        assert len(set(got)) == len(got) == len(want) // 32 * 32 and set(got) <= want
+
+
+def test_the_first_and_the_last_tenth_are_whole():
+    log = quiet_fit(digits_learner().selective_backprop(), 10).sb.log
+    assert log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0]
+    assert log.candidate_loss.isna().tolist() == [False] + [True] * 8 + [False]  # an entropy is no loss
+
+
+def test_wrong_labels_are_not_sought_out():
+    "A third of the labels is wrong; of what is trained on, about a third: by loss it would be far more"
+    x, y = digits(1000)
+    wrong = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 1 / 3
+    y = torch.where(wrong, (y + 1 + torch.arange(1000) % 9) % 10, y)
+
+    class Count(Callback):
+        def before_fit(self):
+            self.share = []
+
+        def before_batch(self):
+            if self.training and self.epoch > 1:
+                self.share.append(wrong[self.learn.sb._row_items].float().mean().item())
+
+    shares = {}
+    for name, kw in {"default": {}, "loss": dict(selector=TopK(0.5))}.items():
+        dls = DataLoaders.from_dsets(NoisyRows(x, y, 0.05), NoisyRows(x[:50], y[:50], 0), bs=50, device="cpu", num_workers=0)
+        torch.manual_seed(1)
+        count = Count()
+        quiet_fit(Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat(), cbs=count).selective_backprop(end=1.0, **kw), 8)
+        shares[name] = np.mean(count.share)
+    assert 0.25 < shares["default"] < 0.42 and shares["loss"] > 0.5
+
+
+def test_mixup_is_scored_and_that_is_said(capsys):
+    learn = digits_learner(cbs=MixUp()).selective_backprop()
+    with learn.no_bar():
+        learn.fit(10)
+        out = capsys.readouterr().out
+        assert out.count("fastsb: every candidate is scored by a forward pass") == 1 and "MixUp trains on mixtures" in out
+        assert learn.sb.counts["fp"] == 8 * 640 and learn.sb.log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0]
+        learn.fit(10)
+        assert "fastsb: every" not in capsys.readouterr().out
+    learn.remove_cb(MixUp)
+    assert quiet_fit(learn, 10).sb.counts["fp"] == 0  # and when it can be done, it is
+
+
+def test_a_torch_loader_is_scored():
+    dls = digits_learner().dls
+    torch_dls = DataLoaders(*(torch.utils.data.DataLoader(d.dataset, 32, shuffle=True, drop_last=True) for d in dls.loaders))
+    learn = Learner(torch_dls, digits_model(), loss_func=CrossEntropyLossFlat()).selective_backprop()
+    assert quiet_fit(learn, 10).sb.counts["fp"] == 8 * 640
+
+
+def test_forward_passes_find_the_same_half():
+    "Where it has to score, Uncertainty chooses by the predictions of that pass"
+    seen = []
+
+    class Watch(Uncertainty):
+        def select(self, losses, history=None, pred=None, **context):
+            s = super().select(losses, history, pred=pred, **context)
+            seen.append((entropy(pred.double().numpy(), None), s.idx.numpy()))
+            return s
+
+    quiet_fit(digits_learner(p=0).selective_backprop(selector=Watch(0.25), score="model", start=0), 2)
+    assert len(seen) == 36 and all((np.sort(np.argsort(-h, kind="stable")[:8]) == idx).all() for h, idx in seen)
+
+
+def test_what_fits_no_memory_is_scored_without_a_word(capsys):
+    "`stale`, and selectors that need predictions, ask for forward passes"
+    from fastsb.select import GradNorm
+
+    for kw in (dict(stale=2, start=1, end=1.0), dict(selector=GradNorm(3, tau=1.0), start=1)):
+        learn = digits_learner().selective_backprop(**kw)
+        with learn.no_bar():
+            learn.fit(4, 1e-2)
+        assert learn.sb.counts["fp"] > 0 and "fastsb: every" not in capsys.readouterr().out
+
+
+def test_paper():
+    "Forward passes from the second epoch to the last, percentiles, coins; single settings can be replaced"
+    a = quiet_fit(digits_learner().selective_backprop(paper=True, seed=0), 3)
+    b = quiet_fit(digits_learner().selective_backprop(**paper_settings, seed=0), 3)
+    assert repr(a.sb.selector) == "Percentile(beta=1)" and torch.equal(weights(a), weights(b))
+    assert a.sb.counts["fp"] == 2 * 640 and a.sb.log.selected[0] == 1 and not a.sb.selector.exact
+    sb = digits_learner().selective_backprop(paper=True, beta=3, stale=3).sb
+    assert repr(sb.selector) == "Percentile(beta=3)" and sb.stale == 3 and (sb.start, sb.end) == (1, 1.0)
+    assert digits_learner().selective_backprop(paper=True, selector=TopK(0.2)).sb.selector.keep == 0.2
+    with pytest.raises(TypeError, match="paper='yes' must be"):
+        digits_learner().selective_backprop(paper="yes")
+
+
+@pytest.mark.parametrize(
+    "kw,says",
+    [
+        (dict(exact=False), "pass beta= too"),
+        (dict(exact="no"), "exact='no'"),
+        (dict(seed="x"), "seed='x'"),
+        (dict(score="cash"), "score='cash' must be one of 'auto'"),
+        (dict(score=Doubtful(), selector=Uncertainty(0.5)), "does not choose by loss: use TopK"),
+        (dict(start=0.9), "end=0.9 must come after start=0.9"),
+    ],
+)
+def test_faults(kw, says):
+    with pytest.raises((TypeError, ValueError), match=says.replace("(", r"\(")):
+        digits_learner().selective_backprop(**kw)
+
+
+def test_no_cap_on_doubt():
+    with pytest.raises(ValueError, match="does not choose by loss"):
+        Capped(Uncertainty(0.5))
+    assert Capped(Percentile(1.0)).by_loss
+
+
+def test_it_is_what_the_callback_is():
+    a = weights(quiet_fit(digits_learner().selective_backprop(), 4))
+    assert torch.equal(a, weights(quiet_fit(digits_learner(cbs=SelectiveBackpropCallback()), 4)))
+
+
+def test_doubtful_alone_chooses_by_loss():
+    assert repr(digits_learner().selective_backprop(score=Doubtful()).sb.selector) == "TopK(keep=0.5)"
+    assert repr(digits_learner().selective_backprop(score=lambda model, batch: batch[0].mean(1)).sb.selector) == "TopK(keep=0.5)"
