@@ -61,7 +61,7 @@ class SelectiveBackpropCallback(Callback):
         rescale:str='mean', # How kept losses are averaged: 'mean'; 'sum' over the kept / candidates; 'inverse' to their probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
-        score='auto', # 'model' (a forward pass), a `Scorer` or `Proxy`, a callable, 'cached' (what training left), 'two_stage' (that, then a pass), 'auto' (above)
+        score='auto', # 'model' (a forward pass), a `Scorer` or `Proxy`, a callable, 'cached' (what training left), 'two_stage' (then a pass), 'auto' (above)
         stale:int=1, # With fresh scores: score every `stale` epochs only; in between the remembered scores decide which items are loaded at all
         momentum:float=.5, # Of the remembered losses' moving average; 0: the last one
         max_age:int=5, # Items that were not trained on for so many epochs come back
