@@ -18,7 +18,7 @@ from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse, is_cli
 from .callback import Autocast, SelectiveBackpropCallback
 from .score import Scorer
-from .select import Absolute, GradNorm, Hybrid, LowK, OrderedPool, Percentile, Random, Threshold, TopK
+from .select import Absolute, GradNorm, Hybrid, LowK, OrderedPool, Percentile, Random, Threshold, TopK, Uncertainty
 from .data import datasets, get_model, image_dls, load_arrays, models
 from .plot import plot_fractions
 
@@ -79,7 +79,7 @@ class EpochReport(Callback):
               "Test acc: {test_acc:.2f}\nTime elapsed: {seconds:.1f} s".format(n=self.n_epoch, **row), flush=True)
 
 # %% ../nbs/31_train.ipynb #ddde8d2c
-strategies = 'nofilter', 'sb', 'blf', 'random', 'topk', 'lowk', 'threshold', 'gradnorm', 'infobatch', 'orderedpool'
+strategies = 'nofilter', 'sb', 'blf', 'random', 'topk', 'lowk', 'threshold', 'gradnorm', 'infobatch', 'orderedpool', 'uncertainty'
 calculators = 'relative', 'random', 'hybrid', 'absolute'
 fp_selectors = 'alwayson', 'stale', 'cached', 'two_stage'
 
@@ -134,7 +134,7 @@ def _select(learn, strategy, calculator, prob_pow, keep, threshold, min_loss_per
         else:
             selector = dict(random=partial(Random, keep, seed=seed), topk=partial(TopK, keep), lowk=partial(LowK, keep),
                             threshold=partial(Threshold, threshold), gradnorm=partial(GradNorm, seed=seed),
-                            orderedpool=partial(OrderedPool, keep=keep, seed=seed))[strategy]()
+                            orderedpool=partial(OrderedPool, keep=keep, seed=seed), uncertainty=partial(Uncertainty, keep))[strategy]()
         learn.selective_backprop(selector=selector, start=start, end=1., rescale=rescale, score=score if fp_selector in ('alwayson','stale') else fp_selector,
                                  stale=staleness if fp_selector == 'stale' else 1)
 
@@ -154,7 +154,7 @@ def _learner(dataset, data, data_dir, model, batch_size, learning_rate, data_aug
 
 @call_parse
 def fastsb_train(
-    strategy:str='sb', # nofilter, sb (Selective-Backprop), blf (BatchLossFilter), random, topk, lowk, threshold, gradnorm, infobatch or orderedpool
+    strategy:str='sb', # nofilter, sb (Selective-Backprop), blf (BatchLossFilter), random, topk, lowk, threshold, gradnorm, infobatch, orderedpool, uncertainty
     dataset:str='digits', # digits, cifar10, cifar100, svhn or fashion_mnist; all but digits are downloaded on first use
     data:str=None, # File of your own instead: an .npz with x_train, y_train, x_test, y_test; images uint8 (n,h,w,c), labels integer (n,)
     data_dir:str='~/.fastai/data', # Folder of the downloaded data sets
@@ -164,7 +164,7 @@ def fastsb_train(
     learning_rate:float=0.1, # Highest learning rate of the one-cycle schedule
     calculator:str='relative', # Probabilities of sb: relative (percentile^beta), random, hybrid (half and half) or absolute (distance of the prediction)
     prob_pow:float=1., # Selectivity beta of sb: keeps 1/(beta+1) of the examples on average, the harder the likelier
-    keep:float=0.5, # Share of the examples that random, topk, lowk and orderedpool keep
+    keep:float=0.5, # Share of the examples that random, topk, lowk, orderedpool and uncertainty keep
     threshold:float=1., # Loss above which threshold keeps an example
     min_loss_perc:float=0.9, # Share of the batch's loss that blf keeps
     rescale:str='mean', # Loss of what is kept: mean, sum (over the kept / candidates) or inverse (to the probability, unbiased)

@@ -318,7 +318,7 @@ def test_other_commands_keep_fastcores_parser():
 
 
 KEPT = dict(blf=(0.2, 0.99), random=(0.3, 0.7), topk=(0.5, 0.5), lowk=(0.5, 0.5), threshold=(0.01, 0.99),
-            gradnorm=(0.3, 1), infobatch=(0.5, 0.9), orderedpool=(0.5, 0.5))
+            gradnorm=(0.3, 1), infobatch=(0.5, 0.9), orderedpool=(0.5, 0.5), uncertainty=(0.5, 0.5))
 
 
 @pytest.mark.parametrize('strategy', KEPT)
