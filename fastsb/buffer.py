@@ -20,44 +20,51 @@ def _leaves(o, path=''):
     else: raise TypeError(f"batch{path} is a {type(o).__name__}{' without dimensions' if isinstance(o, Tensor) else ''}: a batch must be tensors "
                           "whose first dimension is the example, nested in tuples, lists or dicts.")
 
+def _map(f, o):
+    "`o` with `f(t)` in place of each of its tensors `t`"
+    if isinstance(o, Tensor) and o.dim(): return f(o)
+    if isinstance(o, dict): return type(o)((k,_map(f, v)) for k,v in o.items())
+    if not isinstance(o, (tuple,list)): next(_leaves(o)) # says what is wrong with it
+    new = [_map(f, v) for v in o]
+    return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
+
 def _rebuild(o, leaves):
     "`o` with its tensors replaced by the next ones of the iterator `leaves`"
-    if isinstance(o, Tensor): return next(leaves)
-    if isinstance(o, dict): return type(o)((k,_rebuild(v, leaves)) for k,v in o.items())
-    new = [_rebuild(v, leaves) for v in o]
-    return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
+    return _map(lambda t: next(leaves), o)
 
 def n_rows(
     batch, # Nested tuple/list/dict of tensors
 ) -> int:
     "How many examples `batch` has; raises `ValueError` when its tensors disagree"
-    ls = list(_leaves(batch))
+    return _count(list(_leaves(batch)))
+
+def _count(ls):
+    "`n_rows` of a batch with the leaves `ls`"
     if not ls: raise ValueError("The batch holds no tensor.")
+    n = len(ls[0][1])
     for path,t in ls:
-        if len(t) != len(ls[0][1]):
-            raise ValueError(f"batch{ls[0][0]} has {len(ls[0][1])} rows but batch{path} has {len(t)}: the first dimension of every tensor must be the example.")
-    return len(ls[0][1])
+        if len(t) != n: raise ValueError(f"batch{ls[0][0]} has {n} rows but batch{path} has {len(t)}: the first dimension of every tensor must be the example.")
+    return n
 
 # %% ../nbs/03_buffer.ipynb #8dbfa739
 def _format(t):
     "The memory format of `t`: channels_last where it is, otherwise contiguous"
-    for dim,fmt in (4,torch.channels_last),(5,torch.channels_last_3d):
-        if t.dim() == dim and not t.is_contiguous() and t.is_contiguous(memory_format=fmt): return fmt
-    return torch.contiguous_format
+    fmt = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    return fmt if fmt and not t.is_contiguous() and t.is_contiguous(memory_format=fmt) else torch.contiguous_format
 
-def _flat(t, fmt):
-    "`t` as a matrix with a row an example, in the order of its memory: a view if `t` has memory format `fmt`"
-    if fmt is not torch.contiguous_format: t = t.movedim(1, -1)
-    return t.reshape(len(t), -1)
+def _bare(t): return t if type(t) is Tensor and not t.requires_grad else t.detach().as_subclass(Tensor)
 
 def _empty_rows(t, n): return torch.empty((n,*t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=_format(t))
 
 def _copy_rows(src, idx, dst):
     "Write rows `idx` of `src` (None: all) to `dst`, both with the same memory format if possible"
-    fmt = _format(dst)
-    src,dst = _flat(src.detach(), fmt),_flat(dst, fmt)
     if idx is None: dst.copy_(src)
-    else: torch.index_select(src, 0, idx, out=dst)
+    elif _format(dst) is torch.contiguous_format: torch.index_select(src, 0, idx, out=dst)
+    else: torch.index_select(src.movedim(1, -1), 0, idx, out=dst.movedim(1, -1)) # in the order of the memory
+
+def _take_rows(t, idx):
+    if t.is_contiguous() or _format(t) is torch.contiguous_format: return t.index_select(0, idx)
+    return t.movedim(1, -1).index_select(0, idx).movedim(-1, 1)
 
 def _dress(t, like):
     "`t` as the tensor type of `like`, with its metadata"
@@ -71,17 +78,7 @@ def take(
     idx:Tensor, # (k,) long: the rows wanted, on the device of the batch
 ): # The same structure with `k` rows
     "Rows `idx` of every tensor of `batch`; tensor types, their metadata and the memory format are kept"
-    if isinstance(batch, Tensor) and batch.dim():
-        t = batch.detach().as_subclass(Tensor)
-        if t.is_contiguous(): return _dress(t.index_select(0, idx), batch)
-        out = _empty_rows(t, len(idx))
-        _copy_rows(t, idx, out)
-        return _dress(out, batch)
-    if isinstance(batch, dict): return type(batch)((k,take(v, idx)) for k,v in batch.items())
-    if isinstance(batch, (tuple,list)):
-        new = [take(v, idx) for v in batch]
-        return type(batch)(*new) if hasattr(batch, '_fields') else type(batch)(new)
-    n_rows(batch) # raises
+    return _map(lambda t: _dress(_take_rows(_bare(t), idx), t), batch)
 
 # %% ../nbs/03_buffer.ipynb #9e6a3d3a
 class BatchBuffer:
@@ -104,7 +101,11 @@ class BatchBuffer:
         batch, # Nested tuple/list/dict of tensors
     ) -> int: # Its number of rows
         "Raise `ValueError` if rows of `batch` cannot stand in one batch with those seen before"
-        n,spec = n_rows(batch),{p: (t.shape[1:], t.dtype, t.device) for p,t in _leaves(batch)}
+        return self._check(list(_leaves(batch)))
+
+    def _check(self, ls):
+        "`check` of a batch with the leaves `ls`"
+        n,spec = _count(ls),{p: (t.shape[1:], t.dtype, t.device) for p,t in ls}
         if self._spec is None: self._spec = spec
         if spec != self._spec:
             if spec.keys() != self._spec.keys(): raise ValueError(f"Batches must all have one structure: had {list(self._spec)}, now {list(spec)}.")
@@ -120,16 +121,15 @@ class BatchBuffer:
         idx:Tensor|None=None, # (k,) long: the rows to take, on the device of the batch; None: all
     ) -> list: # The batches that are full now, of the structure of `batch`
         "Take rows `idx` of `batch`; raises as `check` does, leaving everything as it was"
-        k = self.check(batch)
+        ls = list(_leaves(batch))
+        k = self._check(ls)
         if idx is not None: k = len(idx)
-        ts,done,pos = [t for _,t in _leaves(batch)],[],0
+        ts,done,pos = [t for _,t in ls],[],0
         while pos < k:
             if self._open is None: self._open = [_empty_rows(t, self.bs) for t in ts]
             m = min(self.bs-self.n, k-pos)
-            for t,o in zip(ts, self._open):
-                src = t.as_subclass(Tensor)
-                if idx is None: _copy_rows(src[pos:pos+m], None, o[self.n:self.n+m])
-                else: _copy_rows(src, idx[pos:pos+m], o[self.n:self.n+m])
+            rows = idx if idx is None or m == k else idx[pos:pos+m]
+            for t,o in zip(ts, self._open): _copy_rows(_bare(t) if idx is not None else _bare(t)[pos:pos+m], rows, o[self.n:self.n+m])
             self.n,pos = self.n+m,pos+m
             if self.n == self.bs:
                 done.append(_rebuild(batch, (_dress(o, t) for o,t in zip(self._open, ts))))
