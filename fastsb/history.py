@@ -11,63 +11,77 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/01_history.ipynb #0c47b479
+def _as_losses(l):
+    "`l` as a plain float32 tensor (B,) without grad; as it is, if it is one"
+    if type(l) is Tensor and l.dtype is torch.float32 and l.dim() == 1 and not l.requires_grad: return l
+    return l.detach().as_subclass(Tensor).reshape(-1).float()
+
+def _host(t):
+    "The memory of `t` as a NumPy array, if the host can read it without waiting and NumPy knows its type; else None"
+    return t.numpy() if t.is_cpu and not t.requires_grad and t.dtype is not torch.bfloat16 else None
+
 class LossHistory:
-    "The finite ones of the last `size` losses, in a ring buffer on the device of the losses; answers percentiles without waiting for that device"
+    "The last `size` finite losses, in a ring buffer on the device of the losses; answers percentiles without waiting for that device"
     def __init__(self,
         size:int=1024, # How many losses are remembered; the paper's R
     ):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"history={size!r} must be an int of at least 1: the number of recent losses that a percentile is taken over.")
-        self.size,self.buf,self.pos = size,None,0 # `pos`: where the next loss goes
-
-    def _clean(self, losses):
-        "`losses` as float32, +inf where they are not finite; what is remembered is moved to where they are"
-        if self.buf is not None and self.buf.device != losses.device: self.buf = self.buf.to(losses.device)
-        return losses.detach().as_subclass(Tensor).float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+        self.size,self.buf,self.seen = size,None,0 # `seen`: the finite losses so far, an int as long as the host does the counting
 
     def update(self,
-        losses:Tensor, # (B,) losses of any float dtype, `B` may exceed `size`; those that are NaN or infinite count for no percentile
+        losses:Tensor, # (B,) losses of any float dtype, `B` may exceed `size`; those that are NaN or infinite are passed over
     ):
         "Remember `losses`, as float32, in place of the oldest ones"
-        l = self._clean(losses)[-self.size:]
-        if self.buf is None: self.buf = l.new_full((self.size,), torch.inf)
-        n = min(len(l), self.size-self.pos)
-        self.buf[self.pos:self.pos+n] = l[:n]
-        if n < len(l): self.buf[:len(l)-n] = l[n:]
-        self.pos = (self.pos+len(l)) % self.size
-
-    def _sorted(self):
-        "What is remembered, in ascending order; on a CPU NumPy sorts it in half of torch's time"
-        return torch.from_numpy(np.sort(self.buf.numpy())) if self.buf.device.type == 'cpu' else self.buf.sort().values
+        l = _as_losses(losses)
+        if not len(l): return
+        if self.buf is None: self.buf = l.new_full((self.size+1,), torch.inf) # one slot more than `size`: what is not stored falls there
+        elif self.buf.device != l.device: self.buf = self.buf.to(l.device)
+        if (v := _host(l)) is not None:
+            v,buf = v[np.isfinite(v)],_host(self.buf)
+            self.seen,v = int(self.seen)+len(v),v[-self.size:]
+            i = (self.seen-len(v)) % self.size
+            m = min(len(v), self.size-i) # so many up to the end of the ring, the others from its beginning
+            buf[i:i+m],buf[:len(v)-m] = v[:m],v[m:]
+        else:
+            seen,finite = torch.as_tensor(self.seen, device=l.device),l.isfinite()
+            rank = finite.cumsum(0)
+            stored = finite & (rank > rank[-1] - self.size)
+            self.buf.scatter_(0, torch.where(stored, (seen + rank - 1) % self.size, self.size), l)
+            self.seen = seen + rank[-1]
 
     def percentile(self,
         losses:Tensor, # (B,) losses of any float dtype
     ) -> Tensor: # (B,) float32 in [0,1]
-        "Share of the history strictly below each of `losses` (paper, section 3.2); 1 where a loss is not finite or nothing is remembered yet"
-        l = self._clean(losses)
+        "Share of the history strictly below each of `losses` (paper, section 3.2); 1 where a loss is NaN or nothing is remembered yet"
+        l = _as_losses(losses)
         if self.buf is None: return torch.ones_like(l)
-        recent = self._sorted()
-        n = torch.searchsorted(recent, recent.new_full((1,), torch.inf))
-        return (torch.searchsorted(recent, l)/n).nan_to_num(nan=1.) # 0/0 where nothing is remembered
+        if self.buf.device != l.device: self.buf = self.buf.to(l.device)
+        if (buf := _host(self.buf)) is not None:
+            n = len(self)
+            return torch.searchsorted(torch.from_numpy(np.sort(buf[:n])), l)/n if n else torch.ones_like(l) # NaN comes after all
+        n = torch.as_tensor(self.seen, device=l.device).clamp(max=self.size)
+        below = torch.searchsorted(self.buf[:-1].sort().values, l.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        return torch.where(n > 0, below / n.clamp(min=1), 1.)
 
     def values(self) -> Tensor: # Float32, at most `size` losses
         "What is remembered, oldest first (this waits for the device)"
         if self.buf is None: return torch.zeros(0)
-        v = self.buf.roll(-self.pos)
-        return v[v.isfinite()]
+        n = int(self.seen)
+        return self.buf[:n].clone() if n <= self.size else self.buf[:-1].roll(-(n % self.size))
 
-    def __len__(self): return len(self.values())
+    def __len__(self): return min(int(self.seen), self.size)
     def __repr__(self): return f"LossHistory(size={self.size}), holding {len(self)}"
 
     def clear(self):
         "Forget everything"
-        self.buf,self.pos = None,0
+        self.buf,self.seen = None,0
 
     def state_dict(self) -> dict: # Tensors and ints only
         "What `load_state_dict` needs to go on from here"
-        return dict(size=self.size, buf=None if self.buf is None else self.buf.clone(), pos=self.pos)
+        return dict(size=self.size, buf=None if self.buf is None else self.buf.clone(), seen=self.seen)
 
     def load_state_dict(self, state):
         "Go on from `state`; raises `ValueError`, changing nothing, if it is of a history of another size"
         if state['size'] != self.size: raise ValueError(f"The saved history holds {state['size']} losses, this one {self.size}: pass history={state['size']}.")
-        self.buf,self.pos = None if state['buf'] is None else state['buf'].clone(),state['pos']
+        self.buf,self.seen = None if state['buf'] is None else state['buf'].clone(),state['seen']

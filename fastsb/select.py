@@ -10,14 +10,13 @@ __all__ = ['Selection', 'bernoulli', 'inclusion', 'systematic', 'Selector', 'Per
 # %% ../nbs/02_select.ipynb #306164c5
 import math
 from collections import namedtuple
-from functools import lru_cache
 from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .history import LossHistory
+from .history import LossHistory, _as_losses, _host
 from .losses import _setting, per_item_loss
 
 # %% ../nbs/02_select.ipynb #715ee484
@@ -26,11 +25,7 @@ def bernoulli(
     u:Tensor, # (B,) uniform draws in [0,1)
 ) -> Tensor: # (k,) long, ascending
     "The candidates whose draw is below their probability; waits for the device once, since `k` is random"
-    return (u < p).nonzero().squeeze(1)
-
-@lru_cache(64)
-def _cached_range(a, b, dtype, device): return torch.arange(a, b, dtype=dtype, device=device)
-def _range(a, b, like): return _cached_range(a, b, like.dtype, like.device) # the same few in every step
+    return (u < p).nonzero().view(-1)
 
 def _double(t): return t if t.device.type == 'mps' else t.double() # Apple's GPUs have no float64
 
@@ -39,12 +34,20 @@ def inclusion(
     k:int, # How many are to be drawn, at most `B`
 ) -> Tensor: # (B,) float64 in [0,1], summing to `k`
     "Inclusion probabilities for a draw of exactly `k`: proportional to `p`, but at most 1 (Särndal et al. 1992, section 3.6); zeros share what is left over"
+    if (v := _host(p)) is not None: return torch.from_numpy(_inclusion_host(v, k))
     p = _double(p).clamp(min=1e-30)
     s = p.sort().values
     below = s.cumsum(0)                                      # the sum up to each
-    left = _range(k-len(p)+1, k+1, p)                        # if all larger ones are certain, so many are left for it and those below
+    left = torch.arange(k-len(p)+1, k+1, device=p.device)    # if all larger ones are certain, so many are left for it and those below
     last = (left*s <= below)[1:].sum(0, keepdim=True)        # the largest that would not be above 1: the smallest never is
     return (p*(left.gather(0, last)/below.gather(0, last))).clamp(max=1.) # `left[last]` would wait for the device
+
+def _inclusion_host(p, k):
+    "`inclusion` of an array, without sorting: who would be above 1 is certain and the others share what is left, until nobody is"
+    p = np.maximum(p, 1e-30, dtype=np.float64)
+    m,rest = 0,p.sum()
+    while m < (n := np.count_nonzero(over := (k-m)*p > rest)) < k: m,rest = n,p[~over].sum()
+    return np.minimum(p*((k-m)/rest), 1.)
 
 def systematic(
     pi:Tensor, # (B,) inclusion probabilities that sum to `k`
@@ -52,14 +55,22 @@ def systematic(
     u:Tensor, # () or (1,) uniform draw in [0,1)
 ) -> Tensor: # (k,) long, ascending, all different
     "Systematic sampling (Madow 1949): exactly `k` candidates, each with its inclusion probability; the host never waits"
-    n,i = len(pi),torch.searchsorted(pi.cumsum(0), u.reshape(1) + _range(0, k, pi), right=True)
-    j = _range(0, k, i)
-    i = (i-j).cummax(0).values + j                           # rounding must neither take one twice...
-    return torch.minimum(i, _range(n-k, n, i))               # ...nor run over the end
+    if (v := _host(pi)) is not None and u.is_cpu:
+        j = np.arange(k)
+        i = v.cumsum().searchsorted(_host(u)+j, side='right')
+        return torch.from_numpy(np.minimum(np.maximum.accumulate(i-j), len(v)-k) + j)
+    j = torch.arange(k, device=pi.device)
+    i = torch.searchsorted(pi.cumsum(0), u.to(pi.dtype).reshape(1)+j, right=True)
+    return (i-j).cummax(0).values.clamp(max=len(pi)-k) + j   # rounding must neither take one twice nor run over the end
 
 # %% ../nbs/02_select.ipynb #30e5298f
 Selection = namedtuple('Selection', 'idx p w', defaults=[None])
 Selection.__doc__ = "Who is trained on: `idx` (k,) long, `p` (B,) the probability of every candidate, and `w` (k,) the selector's own weights, or None"
+
+def _where_finite(losses, x, other):
+    "`x` where `losses` are finite, elsewhere `other`"
+    if (v := _host(losses)) is not None and x.is_floating_point() and np.count_nonzero(np.isfinite(v)) == len(v): return x
+    return torch.where(losses.isfinite(), x, other)
 
 def _check_number(name, value, low=0., high=math.inf, why=''):
     "Raise `TypeError` or `ValueError` unless `value` is a number in [low, high]"
@@ -85,7 +96,6 @@ class Selector:
     needs_pred = False # does it need the candidates' predictions, which remembered losses do not give?
     by_loss = True # are candidates judged by their losses? (See `measure`)
     needs_items = False # does it need to know which items of the data set the candidates are?
-    top = False # do `probs` give 1 to candidates whose loss is not finite by themselves?
     active = True # is it time to select, as far as the selector is concerned?
     _gen = _rng_state = None
 
@@ -154,15 +164,13 @@ class Selector:
         **context, # Passed on to `probs`
     ) -> Selection:
         "Who is trained on. Candidates whose loss is NaN or infinite always are, so that whoever watches for them sees them"
-        losses = losses.detach().as_subclass(Tensor).float()
-        p = self.probs(losses, history, **context)
-        if self.exact or not self.top: p = p + (losses-losses) # NaN where a loss is not finite
+        losses = _as_losses(losses)
+        p = _where_finite(losses, self.probs(losses, history, **context), 1e12 if self.exact else 1.)
         if not self.exact:
-            if not self.top: p = p.nan_to_num(nan=1.)
-            if self.sure: return Selection(p.nonzero().squeeze(1), p)
+            if self.sure: return Selection(p.nonzero().view(-1), p)
             return Selection(bernoulli(p, self.uniform(len(p), p.device) if u is None else u), p)
         k = self.count(len(losses))
-        p = inclusion(p.nan_to_num(nan=1e12), k)
+        p = inclusion(p, k)
         return Selection(systematic(p, k, self.uniform(1, p.device) if u is None else u), p.float())
 
     def state_dict(self) -> dict: # A tensor or None
@@ -178,8 +186,6 @@ class Selector:
 # %% ../nbs/02_select.ipynb #18727e16
 class Percentile(Selector):
     "p = percentile**beta: Selective-Backprop's choice (Jiang et al. 2019, arXiv 1910.00762, section 3.2); 1/(beta+1) of the candidates are kept on average"
-    @property
-    def top(self): return type(self).probs is Percentile.probs # unless a subclass has other probabilities
     def __init__(self,
         beta:float=1., # Selectivity: 0 keeps everything, 1 half, 2 a third, 3 a quarter
         exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates
@@ -266,6 +272,18 @@ class Threshold(Selector):
     def probs(self, losses, history=None, **context): return (losses > self.loss).float()
     def __repr__(self): return f"Threshold(loss={self.loss:g})"
 
+def _highest(x, n):
+    "(B,) bool: the `n` largest of `x`; of equals the first, NaN last"
+    if (v := _host(x)) is None: return _ranks(x) < n
+    v,n = np.where(v == v, v, -np.inf),int(n)
+    return torch.from_numpy(_from(np.partition(v, len(v)-n)[len(v)-n], v, n)) if n > 0 else torch.zeros(len(v), dtype=torch.bool)
+
+def _from(lowest, v, n):
+    "(B,) bool: the `n` largest of the array `v`, if `lowest` is the smallest of them; of equals the first"
+    high = v >= lowest
+    if many := np.count_nonzero(high)-n: high[np.flatnonzero(v == lowest)[-many:]] = False
+    return high
+
 def _ranks(x):
     "(B,) rank of each of `x`, 0 for the largest; of equals the first comes first; NaN last"
     order = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices
@@ -286,14 +304,15 @@ class TopK(Selector):
         "What is ranked"
         return -losses if self.lowest else losses
 
-    def probs(self, losses, history=None, **context): return (_ranks(self.score(losses, **context)) < self.count(len(losses))).float()
+    def probs(self, losses, history=None, **context): return _highest(self.score(losses, **context), self.count(len(losses))).float()
 
     def select(self, losses, history=None, u=None, **context):
         "The choice, and who is not finite before all others; the count is known, so the host never waits"
-        losses = losses.detach().as_subclass(Tensor).float()
-        score = torch.where(losses.isfinite(), self.score(losses, **context), torch.inf)
-        first = _ranks(score) < (k := self.count(len(losses)))
-        return Selection(torch.arange(len(losses), device=losses.device).masked_fill(~first, len(losses)).sort().values[:k], first.float())
+        losses = _as_losses(losses)
+        first = _highest(_where_finite(losses, self.score(losses, **context), torch.inf), k := self.count(len(losses)))
+        if (v := _host(first)) is not None: idx = torch.from_numpy(np.flatnonzero(v))
+        else: idx = torch.arange(len(first), device=first.device).masked_fill(~first, len(first)).sort().values[:k]
+        return Selection(idx, first.float())
 
     def __repr__(self): return f"{type(self).__name__}(keep={self.keep:g})"
 
@@ -326,23 +345,18 @@ class LossShare(Selector):
         return self._select(losses).p
 
     def _select(self, losses, surely=False):
-        l = losses.numpy(force=True) # how many are kept must be known on the host in any case: this waits once, and then it is known
-        held = np.maximum(l, 0)
+        l = _as_losses(losses).numpy(force=True) # how many are kept must be known on the host in any case: this waits once, and then it is known
+        finite = np.isfinite(l)
+        held = np.where(finite, np.maximum(l, 0), 0)
         falling = np.sort(held)[::-1]
         above = falling.cumsum(dtype=np.float64)
-        fine = math.isfinite(l.sum())
-        if not fine:
-            held = np.where(np.isfinite(l), held, 0)
-            falling = np.sort(held)[::-1]
-            above = falling.cumsum(dtype=np.float64)
         n = int(above.searchsorted(self.min_loss_perc*above[-1])) + 1 if self.min_loss_perc < 1 else len(l)
         n = min(max(n, math.ceil(self.min_samples_perc*len(l) - 1e-9)), len(l))
-        kept = held >= falling[n-1]
-        if (more := np.count_nonzero(kept)-n): kept[(held == falling[n-1]).nonzero()[0][-more:]] = False # of equals the first
-        if surely and not fine: kept |= ~np.isfinite(l)
+        kept = _from(falling[n-1], held, n)
+        if surely: kept |= ~finite
         return Selection(torch.from_numpy(kept.nonzero()[0]).to(losses.device), torch.from_numpy(kept.astype(np.float32)).to(losses.device))
 
-    def select(self, losses, history=None, u=None, **context): return self._select(losses.detach().as_subclass(Tensor).float(), surely=True)
+    def select(self, losses, history=None, u=None, **context): return self._select(losses, surely=True)
 
     def __repr__(self): return f"LossShare(min_loss_perc={self.min_loss_perc:g}, min_samples_perc={self.min_samples_perc:g})"
 
@@ -438,7 +452,7 @@ class GradNorm(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "Draws with replacement; `w` makes the weighted mean over the drawn an unbiased estimate of the mean over all. What is not finite is kept first"
-        losses = losses.detach().as_subclass(Tensor).float()
+        losses = _as_losses(losses)
         q,k,finite = self.probs(losses, history, **context),self.count(len(losses)),losses.isfinite()
         u = self.uniform(k, losses.device) if u is None else u
         cdf = _double(q).cumsum(0)
@@ -496,7 +510,7 @@ class Uncertainty(TopK):
     def measure(self, losses, loss_func=None, pred=None, **context):
         "`prediction_entropy`, or the loss where there is none"
         h = None if pred is None else prediction_entropy(loss_func, pred)
-        return losses if h is None or len(h) != len(losses) else torch.where(losses.isfinite(), h, losses)
+        return losses if h is None or len(h) != len(losses) else _where_finite(losses, h, losses)
 
     def score(self, losses, **context): return self.measure(losses, **context)
 
@@ -523,11 +537,11 @@ class InfoBatch(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "Exactly int((1-r)*n) of the `n` candidates below the mean, at random without replacement, and all others"
-        losses = losses.detach().as_subclass(Tensor).float()
+        losses = _as_losses(losses)
         p = self.probs(losses, history, **context)
         low,u = p < 1,self.uniform(len(losses), losses.device) if u is None else u
         k = (_double(low.sum())*(1-self.r) + 1e-9).floor() # 1e-9: 10*(1-.9) is not quite 1
-        idx = (~low | (_ranks(torch.where(low, 1-u, -1.)) < k)).nonzero().squeeze(1)
+        idx = (~low | _highest(torch.where(low, 1-u, -1.), k)).nonzero().squeeze(1)
         return Selection(idx, p, 1/p.gather(0, idx))
 
     def __repr__(self): return f"InfoBatch(r={self.r:g})"
@@ -549,8 +563,8 @@ class OrderedPool(TopK):
         "The highest round(keep*B) of a random round(pool*B); those that are not finite before all others"
         u = self.uniform(len(losses), losses.device) if u is None else u
         n = max(math.floor(self.pool*len(losses) + .5), self.count(len(losses)))
-        losses = losses.detach().as_subclass(Tensor).float()
-        pooled = torch.where(_ranks(-u) < n, losses, losses.clamp(max=-3e38)) # the lowest there are, but what is not finite stays so
+        losses = _as_losses(losses)
+        pooled = torch.where(_highest(-u, n), losses, losses.clamp(max=-3e38)) # the lowest there are, but what is not finite stays so
         return super().select(pooled, history, **context)
 
     def __repr__(self): return f"OrderedPool(pool={self.pool:g}, keep={self.keep:g})"

@@ -9,6 +9,7 @@ from fastai.callback.all import MixUp, SchedCos
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from torch import nn
 
+from fastsb import history, select
 from fastsb.all import *
 from fastsb.select import (Absolute, Capped, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Random, ReducibleLoss, Threshold, TopK, inclusion,
                            systematic)
@@ -368,6 +369,83 @@ def test_every_selector_in_a_fit(sel, batching):
     log = learn.sb.log
     assert log.selected[1:].max() < 1 and log.bp.sum() > 640 and log.fp.tolist()[0] == 0
     assert learn.recorder.values[-1][2] > 0.4
+
+
+@pytest.fixture
+def no_host(monkeypatch):
+    "Called, it sends everything the way of devices whose memory the host cannot read without waiting"
+
+    def switch():
+        for module in (history, select):
+            monkeypatch.setattr(module, "_host", lambda t: None)
+
+    return switch
+
+
+@names
+def test_host_and_device_agree(name, no_host):
+    makes = [lambda: Percentile(1, seed=1), lambda: Percentile(3, exact=True, seed=1), lambda: Percentile(0.5, exact=True, seed=2), lambda: TopK(0.3),
+             lambda: LowK(0.3), lambda: Random(0.3, exact=True, seed=1), lambda: Hybrid(1, 0.5, seed=3), lambda: Threshold(0.5),
+             lambda: InfoBatch(0.5, seed=1), lambda: OrderedPool(0.75, 0.4, seed=1), lambda: Capped(TopK(0.3), 0.8),
+             lambda: Capped(Percentile(1, exact=True, seed=1), 0.8)]
+
+    def run():
+        out = []
+        for make in makes:
+            h, sel = LossHistory(50), make()
+            for l in (losses_of(name), losses_of("random")[:37], losses_of("nan"), losses_of(name).flip(0)):
+                h.update(l)
+                s = sel.select(l, h)
+                out.append((h.values(), h.percentile(l), s.idx, s.p))
+        return out
+
+    first = run()
+    no_host()
+    for (*same, p), (*same2, p2) in zip(first, run(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(same, same2, strict=True))
+        torch.testing.assert_close(p, p2, rtol=1e-6, atol=1e-9)
+
+
+def test_what_numpy_does_not_know():
+    "bfloat16, and numbers with a gradient, go the device's way"
+    losses = losses_of("mixed").clamp(max=10)
+    for l in (losses.bfloat16(), losses.clone().requires_grad_()):
+        for sel in (TopK(0.5), LossShare(0.9)):
+            assert torch.equal(sel.probs(l), sel.probs(l.detach().float()))
+        torch.testing.assert_close(inclusion(l, 3).detach(), inclusion(l.detach().double(), 3))
+        h = LossHistory(4)
+        h.update(l)
+        assert torch.equal(h.percentile(l), h.percentile(l.detach().float()))
+
+
+def test_the_devices_way_does_not_wait(no_host):
+    from test_invariants import Counter
+
+    no_host()
+    losses = torch.rand(64)
+    for sel, waits in ((Percentile(1, exact=True), 0), (TopK(0.5), 0), (OrderedPool(), 0), (Capped(Percentile(1, exact=True)), 0), (Percentile(1), 1)):
+        h = LossHistory(100)
+        for i in range(5):
+            with Counter() as c:
+                h.update(losses)
+                sel.select(losses, h)
+            assert len(c.waiting) == waits or i < 2, (sel, c.waiting)
+
+
+def test_a_history_moves_between_the_two(no_host, monkeypatch):
+    "Either way goes on from the other's state"
+    a, b, ls = LossHistory(10), LossHistory(10), losses_of("nan")
+    a.update(ls)
+    state = a.state_dict()
+    no_host()
+    b.load_state_dict(state)
+    for h in (a, b):
+        h.update(ls[:7])
+    assert torch.equal(a.values(), b.values()) and isinstance(b.seen, torch.Tensor)
+    monkeypatch.undo()
+    for h in (a, b):
+        h.update(ls[20:26])
+    assert torch.equal(a.values(), b.values()) and isinstance(b.seen, int) and a.seen == b.seen and len(b) == 10
 
 
 def test_no_host_waits_for_counts_that_are_known():
