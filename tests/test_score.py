@@ -275,7 +275,7 @@ def test_compiled_models_are_not_compiled_again():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(score=Scorer(precision="bf16")), dict(score="cached")], ids=str)
+@pytest.mark.parametrize("kw", [None, dict(), dict(score=Scorer(precision="bf16")), dict(score="cached")], ids=str)
 def test_a_learner_with_a_compiled_model(kw):
     "learn.model = torch.compile(...), and a loader that drops the odd last batch: a graph to train, one to score, one to validate, and then no more"
     torch._dynamo.reset()
@@ -320,11 +320,11 @@ def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
     "Of the callback's own events in a fit; that an epoch is read out, or chosen, at its end or beginning is not of a step"
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    if kw.get("score") == "proxy":
+    if kw and kw.get("score") == "proxy":
         kw = dict(score=Proxy(conv_net(3), every=1, opt_func=partial(torch.optim.SGD, lr=0.1)))  # AdamW keeps a number on the host, and reads that
     if device == "cpu":
         monkeypatch.setattr("fastsb.cache._check_items", lambda items, n: items)  # it looks at indices on the host only, where that is free
-    learn = image_learner(device=device).selective_backprop(**fresh(**kw))
+    learn = image_learner(device=device).selective_backprop(**({} if kw is None else fresh(**kw)))  # None: the default
     seen, sb = [], learn.sb
 
     def counted(f, event):
