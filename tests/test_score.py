@@ -275,7 +275,7 @@ def test_compiled_models_are_not_compiled_again():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kw", [None, dict(), dict(score=Scorer(precision="bf16")), dict(score="cached")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(score=Scorer(precision="bf16")), dict(score="cached")], ids=str)
 def test_a_learner_with_a_compiled_model(kw):
     "learn.model = torch.compile(...), and a loader that drops the odd last batch: a graph to train, one to score, one to validate, and then no more"
     torch._dynamo.reset()
@@ -313,7 +313,7 @@ def test_as_scorer_gives_back_a_scorer():
 
 
 # nothing waits ------------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kw", [dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
+@pytest.mark.parametrize("kw", [None, dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
                                 dict(score="proxy"), dict(score="cached"), dict(score=lambda m, b: b[0].mean((1, 2, 3)))], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
