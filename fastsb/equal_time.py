@@ -810,7 +810,7 @@ def plot_equal_time(
     runs, # What `runs_table` returned, or what it takes
     setting:str|None=None, # Which setting; None: the first
     what:str='accuracy', # 'accuracy' or 'loss'
-    methods:list|None=None, # Which methods; None: all
+    methods:list|None=None, # Which methods; None: those that were run for several budgets, or all if none was
     ax=None, # Matplotlib axes to draw on; None: new ones
 ): # The axes
     "Accuracy or loss at the end of each budget, with 95 % intervals"
@@ -821,7 +821,10 @@ def plot_equal_time(
     df = df[df.setting == setting]
     if df.empty: raise ValueError(f"setting: there is no {setting!r} among the runs.")
     if ax is None: _,ax = plt.subplots(figsize=(7,4))
-    names = [m for m in df.method.unique() if methods is None or m in methods]
+    if methods is None:
+        n = df.groupby('method').budget.nunique()
+        methods = n.index[n > 1] if (n > 1).any() else n.index
+    names = [m for m in df.method.unique() if m in methods]
     for i,m in enumerate(names):
         rows = [(b, *t_interval(g[what]*(100 if what == 'accuracy' else 1))) for b,g in df[df.method == m].groupby('budget')]
         b,mean,err = (np.array(o, dtype=float) for o in zip(*rows))

@@ -313,8 +313,11 @@ def test_as_scorer_gives_back_a_scorer():
 
 
 # nothing waits ------------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kw", [None, dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
-                                dict(score="proxy"), dict(score="cached"), dict(score=lambda m, b: b[0].mean((1, 2, 3)))], ids=str)
+KINDS = [None, dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
+         dict(score="proxy"), dict(score="cached"), dict(score=lambda m, b: b[0].mean((1, 2, 3)))]
+
+
+@pytest.mark.parametrize("kw", KINDS, ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
     "Of the callback's own events in a fit; that an epoch is read out, or chosen, at its end or beginning is not of a step"
