@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts', 'spent', 'epoch_seconds', 'price_name',
-           'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'HeldOut', 'method_settings',
-           'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines', 'append_line', 'run_key',
-           'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired', 'equal_time_table',
-           'budget_to_reach', 'ratio_interval', 'time_to_plain', 'plot_equal_time', 'noise_table', 'time_to_error',
-           'paper_table', 'markdown', 'report']
+           'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'BatchNormOfAll', 'HeldOut',
+           'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines',
+           'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired',
+           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'plot_equal_time', 'noise_table',
+           'time_to_error', 'paper_table', 'markdown', 'report']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -38,7 +38,7 @@ from .cache import LossCache, choose, shortened
 from .callback import Autocast, SelectiveBackpropCallback, _callback, irreducible_losses
 from .data import get_model, image_dls, load_arrays, models, small_resnet
 from .engine import SelectiveBackprop
-from .score import Doubtful, Proxy, Scorer, as_scorer, scoring
+from .score import Doubtful, Proxy, Scorer, _model_batch, as_scorer, scoring
 from .select import Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty, _check_number
 from .train import LRByExamples
 
@@ -282,6 +282,23 @@ class RandomScores(TopK):
     by_loss = False
     def measure(self, losses, **context): return self.uniform(len(losses), losses.device)
 
+class BatchNormOfAll(Scorer):
+    "Scores in training mode, so that BatchNorm's running statistics come to be those of all candidates; what training steps do to them in between is undone"
+    stats = None
+    def __call__(self, batch, model, loss_func, forward=_model_batch, **how):
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        def in_training_mode(model, batch):
+            for m in norms: m.training = True
+            try: return forward(model, batch)
+            finally:
+                for m in norms: m.training = False
+        running = [t for m in norms for t in (m.running_mean,m.running_var)]
+        if self.stats is not None:
+            for t,old in zip(running, self.stats): t.copy_(old)
+        res = super().__call__(batch, model, loss_func, forward=in_training_mode, **how)
+        self.stats = [t.clone() for t in running]
+        return res
+
 class HeldOut:
     "Stands for `ReducibleLoss` until a model has been trained on a part of the training set that is held out"
     def __init__(self,
@@ -313,6 +330,8 @@ methods = dict(
     random         = lambda d: dict(selector=Random(.5, exact=True), max_age=30000),
     random_scores  = lambda d: dict(selector=RandomScores(.5)),
     sb             = lambda d: dict(paper=True),
+    sb_prune       = lambda d: dict(paper=True, batching='prune'),
+    sb_bn          = lambda d: dict(paper=True, score=BatchNormOfAll()),
     sb_exact       = lambda d: dict(_fresh, beta=1.),
     sb_sum         = lambda d: dict(_fresh, beta=1., rescale='sum'),
     sb_beta2       = lambda d: dict(_fresh, beta=2.),
@@ -780,15 +799,15 @@ def ratio_interval(
     tail = (1-level)/2
     return r,float(boot[int(tail*draws)]),float(boot[math.ceil((1-tail)*draws)-1])
 
-def _ratio_text(r, first):
-    return 'not reached' if r == math.inf else '–' if math.isnan(r) else f'< {first:.2f}' if r == 0 else f'{r:.2f}'
+def _ratio_text(r, first, last):
+    return '–' if math.isnan(r) else f'> {last:.2f}' if r == math.inf else f'< {first:.2f}' if r == 0 else f'{r:.2f}'
 
 def time_to_plain(
     runs, # What `runs_table` returned, or what it takes
     draws:int=2000, # Of the bootstrap
     level:float=.95, # Of confidence
-) -> pd.DataFrame: # A row for each setting, method and budget of plain; a ratio of 0 means below `first`, infinity not reached
-    "The share of plain training's time in which a method reaches the same accuracy, with its bootstrap interval over pairs of seeds"
+) -> pd.DataFrame: # A row for each setting, method and budget of plain; a ratio of 0 means below `first`, infinity above `last`
+    "The share of plain training's time in which a method with at least two budgets reaches the same accuracy; its bootstrap interval over pairs of seeds"
     rows = []
     for setting,group in _equal(runs).groupby('setting', sort=False):
         acc = group.pivot_table(index='seed', columns=['method','budget'], values='accuracy')
@@ -798,11 +817,13 @@ def time_to_plain(
             for b0 in sorted(acc['plain'].columns):
                 seeds = acc['plain'][b0].dropna().index.intersection(acc[m].dropna(how='all').index)
                 budgets = [b for b in sorted(acc[m].columns) if acc[m].loc[seeds,b].notna().all()]
-                if not len(seeds) or not budgets: continue
+                if not len(seeds) or len(budgets) < 2: continue
                 r,lo,hi = ratio_interval(budgets, acc[m].loc[seeds,budgets].to_numpy(), b0, acc['plain'].loc[seeds,b0].to_numpy(), draws, level)
-                first,n = budgets[0]/b0,len(seeds)
-                rows.append({'setting':setting, 'method':m, 'plain budget':b0, 'ratio':r, 'low':lo, 'high':hi, 'first':first, 'seeds':n,
-                    'time to plain':_ratio_text(r, first), f'{100*level:g} %':f'{_ratio_text(lo, first)} … {_ratio_text(hi, first)}'})
+                first,last = budgets[0]/b0,budgets[-1]/b0
+                text,both,interval = _ratio_text(r, first, last),[_ratio_text(o, first, last) for o in (lo,hi)],''
+                if not math.isnan(lo): interval = both[0] if both[0] == both[1] else ' … '.join(both)
+                rows.append({'setting':setting, 'method':m, 'plain budget':b0, 'ratio':r, 'low':lo, 'high':hi, 'first':first, 'last':last,
+                    'seeds':len(seeds), 'time to plain':text, f'{100*level:g} %':interval})
     return pd.DataFrame(rows)
 
 # %% ../nbs/43_equal_time.ipynb #8d898b05
@@ -906,20 +927,22 @@ def report(
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
              "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
              "scored, loaded. wall/ref: real seconds for a second of reference time."]
-    equal,ttp = equal_time_table(runs),time_to_plain(runs)
-    for i,setting in enumerate(equal.setting.unique() if len(equal) else ()):
+    equal,ttp,plots = equal_time_table(runs),time_to_plain(runs),0
+    for setting in equal.setting.unique() if len(equal) else ():
         parts.append(f'## {setting}')
         for b,g in equal[equal.setting == setting].groupby('budget'):
             parts += [f'Budget: {b:g} epochs of plain training',markdown(g.drop(columns=['setting','budget']))]
-        fig,axs = plt.subplots(1, 2, figsize=(12,4), layout='tight')
-        for ax,what in zip(axs, ('accuracy','loss')): plot_equal_time(runs, setting, what, ax=ax).set_title('')
-        name = f'equal_time_{i+1}.png'
-        fig.savefig(folder/name, dpi=110)
-        plt.close(fig)
-        parts.append(f'![Accuracy and loss against the budget]({name})')
+        if equal[equal.setting == setting].budget.nunique() > 1:
+            fig,axs = plt.subplots(1, 2, figsize=(12,4), layout='tight')
+            for ax,what in zip(axs, ('accuracy','loss')): plot_equal_time(runs, setting, what, ax=ax).set_title('')
+            plots += 1
+            name = f'equal_time_{plots}.png'
+            fig.savefig(folder/name, dpi=110)
+            plt.close(fig)
+            parts.append(f'![Accuracy and loss against the budget]({name})')
         if len(ttp) and len(t := ttp[ttp.setting == setting]):
             parts += ["Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; interval by bootstrap over seeds)",
-                      markdown(t.drop(columns=['setting','ratio','low','high','first']))]
+                      markdown(t.drop(columns=['setting','ratio','low','high','first','last']))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
     if len(paper):
