@@ -161,6 +161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback._say_if_it_cannot_pay': ( 'callback.html#selectivebackpropcallback._say_if_it_cannot_pay',
                                                                                                       'fastsb/callback.py'),
+                                 'fastsb.callback.SelectiveBackpropCallback._say_if_nothing_was_left_out': ( 'callback.html#selectivebackpropcallback._say_if_nothing_was_left_out',
+                                                                                                             'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback._selected': ( 'callback.html#selectivebackpropcallback._selected',
                                                                                           'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback.after_batch': ( 'callback.html#selectivebackpropcallback.after_batch',

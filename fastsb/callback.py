@@ -133,7 +133,7 @@ class SelectiveBackpropCallback(Callback):
         if self.selector.keep != 1 and self.per_item is None:
             with unreduced(self._lf): pass # raises for a loss that cannot be split
         self._restore() # should a fit before this one have ended in an exception before its first epoch
-        self._steps,self._at,self._plan,self._since,self.cache = [],[],'now',0,None
+        self._steps,self._at,self._plan,self._since,self._began,self.cache = [],[],'now',0,False,None
         if self.caches or self.selector.needs_items: self._tracker = ItemTracker(dl).start() # complains about loaders whose items are not known
         if self.caches: self.cache = LossCache(len(dl.dataset), self.momentum, device=self.engine.device)
         self._metric = ValueMetric(self._selected, 'selected')
@@ -234,7 +234,9 @@ class SelectiveBackpropCallback(Callback):
         items = None if self._tracker is None else self._tracker.items.to(self.yb[0].device, non_blocking=True)
         batch = (*self.xb, *self.yb) if self.cache is None else (*self.xb, *self.yb, items) # where losses are remembered, each row says whose it is
         known = self.cache.losses(items) if self.scorer.remembers and self.cache is not None else None
-        ready = e.offer(batch, self.selecting() if self._plan == 'now' else self._plan == 'score', items=items, remembered=known)
+        select = self.selecting() if self._plan == 'now' else self._plan == 'score'
+        self._began |= select or self._plan == 'sample'
+        ready = e.offer(batch, select, items=items, remembered=known)
         if self.cache is not None:
             if not e.whole:
                 fresh = self.scorer.scored if self.scorer.remembers else slice(None)
@@ -284,12 +286,20 @@ class SelectiveBackpropCallback(Callback):
         for cb in self.learn.cbs:
             if isinstance(cb, ParamScheduler): cb.hps = {p: [v for v,stepped in zip(vs, self._steps) if stepped] for p,vs in cb.hps.items()}
         self._restore()
+        if self.learn.logger == noop: return
+        self._say_if_nothing_was_left_out()
         self._say_if_it_cannot_pay()
+
+    def _say_if_nothing_was_left_out(self):
+        "One line if the fit was too short for any selection"
+        if self.selector.keep == 1 or self._began or len(self.engine.log) < self.n_epoch: return
+        print(f"fastsb: nothing was left out. Selection {'goes by what earlier epochs have shown and ' if self.caches else ''}begins at start={self.start!r}, "
+              f"and this fit had {self.n_epoch} epoch{'s'*(self.n_epoch != 1)}: fit for longer, or choose another start.")
 
     def _say_if_it_cannot_pay(self):
         "One line, once, if the losses are too even for selection to pay"
         top = self.log.top_share[self.log.fp > 0].max()
-        if self._said or not top < can_pay or self.learn.logger == noop: return
+        if self._said or not top < can_pay: return
         self._said = True
         print(f"fastsb: the highest fifth of the losses held at most {top:.0%} of the loss in any epoch; below {can_pay:.0%} selection hardly saves time.")
 

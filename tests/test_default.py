@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit, weights
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat
 from fastai.callback.mixup import MixUp
 from torch import nn
 
@@ -137,6 +137,34 @@ def test_forward_passes_find_the_same_half():
 
     quiet_fit(digits_learner(p=0).selective_backprop(selector=Watch(0.25), score="model", start=0), 2)
     assert len(seen) == 36 and all((np.sort(np.argsort(-h, kind="stable")[:8]) == idx).all() for h, idx in seen)
+
+
+def test_a_fit_too_short_for_selection_says_so(capsys):
+    class Stop(Callback):
+        def after_epoch(self):
+            raise CancelFitException
+
+    says = "fastsb: nothing was left out"
+    for n, kw, expected in [
+        (1, {}, says + ". Selection goes by what earlier epochs have shown and begins at start=0.1, and this fit had 1 epoch: fit for longer"),
+        (1, dict(paper=True), says + ". Selection begins at start=1, and this fit had 1 epoch: "),
+        (2, dict(start=3), "start=3, and this fit had 2 epochs: "),
+        (2, {}, None),
+        (1, dict(beta=1, score="model"), None),  # begins a tenth into the epoch
+        (1, dict(beta=0), None),  # nothing was to be left out
+    ]:
+        learn = digits_learner().selective_backprop(**kw)
+        with learn.no_bar():
+            learn.fit(n)
+        out = capsys.readouterr().out
+        assert expected in out if expected else says not in out, (kw, out)
+        assert (learn.sb.log.selected < 1).any() == (expected is None and kw != dict(beta=0)), kw
+    quiet_fit(digits_learner().selective_backprop(), 1)
+    learn = digits_learner(cbs=Stop()).selective_backprop()
+    with learn.no_bar():
+        learn.fit(10)  # ended by someone else
+        learn.lr_find(show_plot=False)
+    assert says not in capsys.readouterr().out
 
 
 def test_what_fits_no_memory_is_scored_without_a_word(capsys):
