@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastsb.equal_time.equal_time_table': ('equal_time.html#equal_time_table', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.evaluate': ('equal_time.html#evaluate', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.get_costs': ('equal_time.html#get_costs', 'fastsb/equal_time.py'),
+                                   'fastsb.equal_time.lead_table': ('equal_time.html#lead_table', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.load_runs': ('equal_time.html#load_runs', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.markdown': ('equal_time.html#markdown', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.measure_costs': ('equal_time.html#measure_costs', 'fastsb/equal_time.py'),

@@ -7,8 +7,8 @@ __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts
            'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'BatchNormOfAll', 'HeldOut',
            'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines',
            'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired',
-           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'plot_equal_time', 'noise_table',
-           'time_to_error', 'paper_table', 'markdown', 'report']
+           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'lead_table', 'plot_equal_time',
+           'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -826,6 +826,26 @@ def time_to_plain(
                     'seeds':len(seeds), 'time to plain':text, f'{100*level:g} %':interval})
     return pd.DataFrame(rows)
 
+# %% ../nbs/43_equal_time.ipynb #e74b3a3a
+def lead_table(
+    runs, # What `runs_table` returned, or what it takes
+) -> pd.DataFrame: # A row for each setting and budget of plain training but the first; accuracies in points
+    "The best lead over plain training (of the methods with the most pairs of seeds), what a doubling of the time brings that, and so what the lead is worth"
+    rows = []
+    for setting,group in _equal(runs).groupby('setting', sort=False):
+        plain = group[group.method == 'plain']
+        acc = 100*plain.groupby('budget').accuracy.mean()
+        for b1,b2 in zip(acc.index, acc.index[1:]):
+            at = [(m, 100*paired(g, plain[plain.budget == b2])) for m,g in group[group.budget == b2].groupby('method', sort=False) if m != 'plain']
+            n = max((len(d) for _,d in at), default=0)
+            if not n: continue
+            m,lead = max(((m, d.mean()) for m,d in at if len(d) == n), key=lambda o: o[1])
+            gain = (acc[b2]-acc[b1])/math.log2(b2/b1)
+            rows.append({'setting':setting, 'plain budget':b2, 'best':m, 'lead':lead, 'seeds':n, 'a doubling brings plain':gain,
+                'share of the time':2**(-lead/gain) if gain > 0 else math.nan})
+    df = pd.DataFrame(rows)
+    return df if df.empty else df.round(3)
+
 # %% ../nbs/43_equal_time.ipynb #8d898b05
 def plot_equal_time(
     runs, # What `runs_table` returned, or what it takes
@@ -927,7 +947,7 @@ def report(
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
              "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
              "scored, loaded. wall/ref: real seconds for a second of reference time."]
-    equal,ttp,plots = equal_time_table(runs),time_to_plain(runs),0
+    equal,ttp,leads,plots = equal_time_table(runs),time_to_plain(runs),lead_table(runs),0
     for setting in equal.setting.unique() if len(equal) else ():
         parts.append(f'## {setting}')
         for b,g in equal[equal.setting == setting].groupby('budget'):
@@ -943,6 +963,9 @@ def report(
         if len(ttp) and len(t := ttp[ttp.setting == setting]):
             parts += ["Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; interval by bootstrap over seeds)",
                       markdown(t.drop(columns=['setting','ratio','low','high','first','last']))]
+        if len(leads) and len(t := leads[leads.setting == setting]):
+            parts += ["What the best lead is worth: if a doubling of the time brings plain training g points, a lead of l is worth about 2^(-l/g) of the time",
+                      markdown(t.drop(columns='setting'))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
     if len(paper):

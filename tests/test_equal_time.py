@@ -611,6 +611,18 @@ def test_incomplete_grids():
     assert set(t.index.get_level_values(0)) == {"fast"}
 
 
+def test_what_a_lead_is_worth():
+    t = et.lead_table(et.runs_table(synthetic() + [line("lucky", 6, 0, 0.99)])).set_index("plain budget")  # one pair is not compared with three
+    assert list(t.index) == [6, 12] and list(t.best) == ["fast"] * 2 and list(t.seeds) == [3, 3]
+    assert t.loc[6]["lead"] == pytest.approx(3) and t.loc[6]["a doubling brings plain"] == pytest.approx(9)
+    assert t.loc[12]["share of the time"] == pytest.approx(2 ** (-1 / 5), abs=1e-3)
+    wide = [r for r in synthetic() if r["budget"] != 6]  # two doublings
+    assert et.lead_table(et.runs_table(wide)).loc[0, "a doubling brings plain"] == pytest.approx(7)
+    assert et.lead_table(et.runs_table([r for r in synthetic() if r["budget"] == 6])).empty
+    flat = [dict(r, accuracy=0.8) for r in synthetic()]
+    assert et.lead_table(et.runs_table(flat))["share of the time"].isna().all()
+
+
 def test_noise_table():
     runs = synthetic() + [line(m, 6, s, a, noise=0.2) for m, xs in (("plain", [0.6, 0.62]), ("fast", [0.58, 0.59])) for s, a in enumerate(xs)]
     t = et.noise_table(et.runs_table(runs)).set_index("method")
@@ -641,9 +653,10 @@ def test_report(capsys, tmp_path):
     bench.main(["report", "--files", "part*.jsonl", "--out", "rep"])
     assert {f.name for f in (tmp_path / "rep").iterdir()} == {"report.md", "equal_time_1.png"}
     text = (tmp_path / "rep" / "report.md").read_text()
+    assert "What the best lead is worth" in text
     for part in ("| fast | 83 |", "## digits, small 4", "Budget: 12 epochs", "< 1.00", "## Wrong labels", "## The paper's protocol", "(equal_time_1.png)"):
         assert part in text, part
-    assert text.count("| fast |") == 4 + 3 + 1  # four tables of a budget, three times to plain's accuracy, and a table of labels
+    assert text.count("| fast |") == 4 + 3 + 2 + 1  # four tables of a budget, three times to plain's accuracy, two leads, a table of labels
     assert "24 runs" in capsys.readouterr().out and str(tmp_path) not in text
 
 
