@@ -293,8 +293,10 @@ class SelectiveBackpropCallback(Callback):
     def _say_if_nothing_was_left_out(self):
         "One line if the fit was too short for any selection"
         if self.selector.keep == 1 or self._began or len(self.engine.log) < self.n_epoch: return
-        print(f"fastsb: nothing was left out. Selection {'goes by what earlier epochs have shown and ' if self.caches else ''}begins at start={self.start!r}, "
-              f"and this fit had {self.n_epoch} epoch{'s'*(self.n_epoch != 1)}: fit for longer, or choose another start.")
+        how = 'goes by what earlier epochs have shown and '*self.caches
+        what = 'fit for longer' + ', or choose another start'*(self.n_epoch > 1 or not self.caches)
+        print(f"fastsb: nothing was left out. Selection {how}begins at start={self.start!r}, and this fit had {self.n_epoch} "
+              f"epoch{'s'*(self.n_epoch != 1)}: {what}.")
 
     def _say_if_it_cannot_pay(self):
         "One line, once, if the losses are too even for selection to pay"
@@ -330,7 +332,7 @@ def _callback(paper=False, **kwargs):
 @patch
 @delegates(SelectiveBackpropCallback.__init__)
 def selective_backprop(self:Learner,
-    paper:bool=False, # The settings of the paper, instead of those that have done best since: `paper_settings`, where they are not given
+    paper:bool=False, # The settings of the paper, instead of what has been found since: `paper_settings`, where they are not given
     **kwargs
 ) -> Learner:
     "Train with Selective-Backprop from now on. Calling it again replaces the settings; `learn.remove_cb(SelectiveBackpropCallback)` ends it"

@@ -146,8 +146,8 @@ def test_a_fit_too_short_for_selection_says_so(capsys):
 
     says = "fastsb: nothing was left out"
     for n, kw, expected in [
-        (1, {}, says + ". Selection goes by what earlier epochs have shown and begins at start=0.1, and this fit had 1 epoch: fit for longer"),
-        (1, dict(paper=True), says + ". Selection begins at start=1, and this fit had 1 epoch: "),
+        (1, {}, says + ". Selection goes by what earlier epochs have shown and begins at start=0.1, and this fit had 1 epoch: fit for longer.\n"),
+        (1, dict(paper=True), says + ". Selection begins at start=1, and this fit had 1 epoch: fit for longer, or choose another start.\n"),
         (2, dict(start=3), "start=3, and this fit had 2 epochs: "),
         (2, {}, None),
         (1, dict(beta=1, score="model"), None),  # begins a tenth into the epoch
