@@ -359,6 +359,9 @@ methods = dict(
     doubt_60       = lambda d: dict(selector=Uncertainty(.6)),
     doubt_last     = lambda d: dict(momentum=0.),
     doubt_long     = lambda d: dict(end=.95),
+    doubt_to_end   = lambda d: dict(end=1.),
+    doubt_early    = lambda d: dict(end=.7),
+    doubt_late     = lambda d: dict(start=.3),
     capped         = lambda d: dict(_fresh, selector=Capped(Percentile(1., exact=True), max_percentile=.9)),
     rho            = lambda d: dict(_fresh, selector=HeldOut(keep=.5), batching='prune'),
 )
@@ -974,5 +977,7 @@ def report(
         parts += ["## The paper's protocol",what,markdown(paper)]
     text = '\n\n'.join(parts) + '\n'
     (folder/'report.md').write_text(text, encoding='utf-8')
+    for old in folder.glob('equal_time_*.png'): # of an earlier report, with more of them
+        if old.stem[11:].isdecimal() and int(old.stem[11:]) > plots: old.unlink()
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
     return text

@@ -650,8 +650,11 @@ def test_report(capsys, tmp_path):
     for i, part in enumerate((synthetic(), extra)):
         for r in part:
             et.append_line(f"part{i}.jsonl", r)
+    (tmp_path / "rep").mkdir()
+    for old in ("equal_time_2.png", "equal_time_mine.png"):  # an earlier report's plot goes, what is someone else's stays
+        (tmp_path / "rep" / old).touch()
     bench.main(["report", "--files", "part*.jsonl", "--out", "rep"])
-    assert {f.name for f in (tmp_path / "rep").iterdir()} == {"report.md", "equal_time_1.png"}
+    assert {f.name for f in (tmp_path / "rep").iterdir()} == {"report.md", "equal_time_1.png", "equal_time_mine.png"}
     text = (tmp_path / "rep" / "report.md").read_text()
     assert "What the best lead is worth" in text
     for part in ("| fast | 83 |", "## digits, small 4", "Budget: 12 epochs", "< 1.00", "## Wrong labels", "## The paper's protocol", "(equal_time_1.png)"):
