@@ -27,7 +27,7 @@ from .engine import SelectiveBackprop, _settings
 from .history import LossHistory
 from .losses import per_item_loss, unreduced
 from .score import as_scorer
-from .select import InfoBatch, LossShare, Selector, TopK, Uncertainty, _check_bool, _check_number
+from .select import InfoBatch, LossShare, Percentile, Selector, TopK, Uncertainty, _check_bool, _check_number, _loss_kind, _shows_doubt
 
 # %% ../nbs/10_callback.ipynb #72a2facd
 # Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the highest fifth of them would hold
@@ -41,7 +41,8 @@ _cancels = (CancelBackwardException, CancelBatchException, CancelEpochException,
 class SelectiveBackpropCallback(Callback):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762). It is `learn.sb`.
 
-    Without arguments: between a tenth and nine tenths of the fit, on the half of the items of which the model was most in doubt when it last saw them.
+    Without arguments: between a tenth and nine tenths of the fit, on the half of the items of which the model was most in doubt when it last saw them. A loss
+    that is not over classes shows no doubt; then everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
     score='auto' remembers what training has left of each item, at no cost. It makes a forward pass of all instead where that cannot be done (distributed
     training, MixUp, loaders that do not tell which items they give), and says so; and where `stale` or the selector needs it."""
     order,run_valid,name = -5,False,'sb' # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
@@ -78,9 +79,11 @@ class SelectiveBackpropCallback(Callback):
         self.scorer = as_scorer('model' if isinstance(score, str) else score)
         self.selector = _settings(1. if beta is None else beta, exact, seed, selector, batching, rescale, interrupt, per_item, self.scorer)
         self.history = LossHistory(history).size
+        self._by_doubt = None # what the default chooses by, put aside while there is no doubt to be known
         if beta is None and selector is None:
             if not exact: raise ValueError("exact=False draws by percentiles: pass beta= too.")
-            self.selector = TopK(.5) if self.scorer.remembers or not self.scorer.predicts else Uncertainty(.5)
+            if self.scorer.remembers or not self.scorer.predicts: self.selector = TopK(.5)
+            else: self.selector = self._by_doubt = Uncertainty(.5)
         if self.scorer.remembers and not self.selector.by_loss:
             raise ValueError(f"score={self.scorer} compares losses with remembered ones, but {self.selector} does not choose by loss: use TopK or beta=.")
         if score == 'auto' and (stale != 1 or self.selector.needs_pred): score = 'model'
@@ -120,7 +123,8 @@ class SelectiveBackpropCallback(Callback):
         if len(two := self.learn.cbs.filter(lambda cb: isinstance(cb, SelectiveBackpropCallback))) > 1:
             raise ValueError(f"Only one callback can select, but the learner has two SelectiveBackpropCallbacks ({' and '.join(map(repr, two))}): "
                              "remove one with learn.remove_cb.")
-        if self.score == 'auto': self._can_remember(dl)
+        if self._by_doubt is not None: self._know_doubt()
+        if self.score == 'auto' and self.selector.keep != 1: self._can_remember(dl)
         elif self.caches: self._check_remembering(dl)
         if bs is None: raise ValueError("The training DataLoader has neither `bs` nor `batch_size`, so it is not known what a full batch is.")
         if any(c.__name__ == 'LMDataLoader' for c in type(dl).__mro__):
@@ -139,6 +143,16 @@ class SelectiveBackpropCallback(Callback):
         self._metric = ValueMetric(self._selected, 'selected')
         self.learn.metrics = self.learn.metrics + L(self._metric)
         self._restore_on_error()
+
+    def _know_doubt(self):
+        "By default train on everything, and say so, where the loss shows no doubt: to choose by loss instead has won nothing, and seeks out wrong targets"
+        if _shows_doubt(self._lf): self.selector = self._by_doubt
+        else:
+            self.selector = Percentile(0.)
+            if self.learn.logger != noop:
+                print(f"fastsb: everything is trained on. The default goes by doubt, which only losses over classes show, and {_loss_kind(self._lf)} is not "
+                      "known as one: if it is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, which seeks out wrong targets, "
+                      "pass beta=1.")
 
     def _check_items_known(self):
         if num_distrib() > 1:

@@ -8,7 +8,7 @@ __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts
            'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines',
            'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired',
            'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'lead_table', 'plot_equal_time',
-           'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report']
+           'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report', 'regression', 'regression_table']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -24,16 +24,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from scipy.stats import t as student
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 try: import fcntl
 except ImportError: fcntl = None # Windows has no such locks
 
-from .bench import _check_int, _threads, _timed, check_device, check_out, command, environment, precisions
+from .bench import _check_int, _line, _threads, _timed, check_device, check_out, command, environment, precisions
 from .cache import LossCache, choose, shortened
 from .callback import Autocast, SelectiveBackpropCallback, _callback, irreducible_losses
 from .data import get_model, image_dls, load_arrays, models, small_resnet
@@ -750,6 +753,8 @@ def paired(
     both = a.index.intersection(b.index)
     return (a[both]-b[both]).to_numpy()
 
+def _pm(name, interval): return {name:interval[0], f'{name} ±':interval[1]}
+
 def _equal(runs):
     df = runs_table(runs) if not isinstance(runs, pd.DataFrame) else runs
     return df[df.protocol == 'equal_time']
@@ -759,14 +764,14 @@ def equal_time_table(
     budget:float|None=None, # Of one budget only; None: of all
 ) -> pd.DataFrame: # A row for each setting, budget and method; accuracies in %
     "Accuracy and loss at equal time: means, 95 % intervals, and the difference to plain training by pairs of the same seed"
-    rows,pm = [],lambda name,o: {name:o[0], f'{name} ±':o[1]}
+    rows = []
     for (setting,b),group in _equal(runs).groupby(['setting','budget'], sort=False):
         if budget is not None and b != budget: continue
         plain = group[group.method == 'plain']
         for m,g in group.groupby('method', sort=False):
             diffs = [(math.nan,)*2]*2 if m == 'plain' else [t_interval(100*paired(g, plain)),t_interval(paired(g, plain, 'loss'))]
-            rows.append({'setting':setting, 'budget':b, 'method':m, **pm('accuracy', t_interval(100*g.accuracy)), **pm('to plain', diffs[0]),
-                **pm('loss', t_interval(g.loss)), **pm('loss to plain', diffs[1]), 'seeds':len(g), 'kept':g.kept.mean(), 'scored':g.scored.mean(),
+            rows.append({'setting':setting, 'budget':b, 'method':m, **_pm('accuracy', t_interval(100*g.accuracy)), **_pm('to plain', diffs[0]),
+                **_pm('loss', t_interval(g.loss)), **_pm('loss to plain', diffs[1]), 'seeds':len(g), 'kept':g.kept.mean(), 'scored':g.scored.mean(),
                 'loaded':g.loaded.mean(), 'epochs':g.epochs.mean(), 'wall/ref':g.wall_ref.median()})
     df = pd.DataFrame(rows)
     if df.empty: return df
@@ -981,3 +986,53 @@ def report(
         if old.stem[11:].isdecimal() and int(old.stem[11:]) > plots: old.unlink()
     print(f"{len(runs)} runs; wrote {folder/'report.md'}")
     return text
+
+# %% ../nbs/43_equal_time.ipynb #2c7e91ea
+@command
+def regression(
+    epochs:int=20, # Of plain training; each method trains on as many examples, and scores none
+    seeds:int=5, # How many, from 0 up
+    lr:float=.02, # Highest learning rate of the one-cycle schedule (Adam)
+    noise:str='0,0.2', # Shares of training targets that are wrong, separated by commas
+    threads:int=None, # Threads of torch; by default as many as it takes
+    out:str='nbs/results/regression.json', # The result file
+) -> pd.DataFrame: # A row for each share and method
+    "Does it pay to choose by loss where targets are numbers? (scikit-learn's digits, squared error)"
+    for name,v in (('epochs',epochs),('seeds',seeds)): _check_int(name, v, 1)
+    if not 0 < lr < math.inf: raise ValueError(f"lr={lr!r} must be above 0.")
+    try: shares = [float(o) for o in noise.split(',')]
+    except ValueError: raise ValueError(f"noise must be numbers from 0 to 1, separated by commas, not {noise!r}.") from None
+    for o in shares: _check_number('noise', o, high=1.)
+    p,(x,y,xt,yt) = check_out(out),load_arrays('digits')
+    pixels = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2)/255
+    number = lambda y: torch.from_numpy(y).float()[:,None]/4.5 - 1
+    free,runs = dict(train={'64':1.}, score={}, **dict.fromkeys('load select observe remember choose'.split(), 0.)),[]
+    with _threads(threads):
+        for share in shares:
+            for method in 'plain','cached_half','random':
+                for seed in range(seeds):
+                    set_seed(seed)
+                    t = number(wrong_labels(y, share, 10, seed))
+                    dls = DataLoaders(DataLoader(TensorDataset(pixels(x), t), bs=64, shuffle=True, drop_last=True),
+                                      DataLoader(TensorDataset(pixels(xt), number(yt)), bs=256))
+                    learn = Learner(dls, small_resnet(1, 1, 8), loss_func=torch.nn.MSELoss())
+                    if kw := methods[method](None): learn.selective_backprop(**kw)
+                    _fit(learn, [Budget(1e9, free, examples=epochs*len(x)), _NoValidation()], lr)
+                    with learn.no_bar(): pred,true = learn.get_preds()
+                    runs.append(dict(noise=share, method=method, seed=seed, error=round(float((pred-true).square().mean()/true.var()), 5)))
+        env = environment(torch.device('cpu'))
+    cmd = _line(regression, epochs=epochs, seeds=seeds, lr=lr, noise=noise, threads=threads, out=out)
+    p.write_text(json.dumps(dict(command=cmd, epochs=epochs, lr=lr, runs=runs, **env), indent=1)+'\n', encoding='utf-8')
+    return regression_table(p)
+
+def regression_table(
+    fname, # The result file of `regression`
+) -> pd.DataFrame: # A row for each share of wrong targets and each method
+    "Squared error on right targets as a share of their variance, and the difference to plain training by pairs of seeds; ± is a 95 % interval"
+    df,rows = pd.DataFrame(json.loads(Path(fname).read_text(encoding='utf-8'))['runs']),[]
+    for share,g in df.groupby('noise', sort=False):
+        e = g.pivot(index='seed', columns='method', values='error')
+        for m in g.method.unique():
+            diff = (math.nan,)*2 if m == 'plain' else t_interval(e[m]-e.plain)
+            rows.append({'wrong':f'{share:.0%}', 'method':m, **_pm('error', t_interval(e[m])), **_pm('to plain', diff), 'seeds':len(e)})
+    return pd.DataFrame(rows).round(4)

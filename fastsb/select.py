@@ -385,11 +385,16 @@ class Capped(Selector):
 
     def __repr__(self): return f"Capped({self.selector}, max_percentile={self.max_percentile:g})"
 
-# %% ../nbs/02_select.ipynb #da799677
+# %% ../nbs/02_select.ipynb #51a1fc95
+_over_classes = 'CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss','NLLLoss','nll_loss'
+_yes_or_no = 'BCEWithLogitsLoss','binary_cross_entropy_with_logits'
+_squared = 'MSELoss','mse_loss'
+
 def _loss_kind(loss_func):
-    "Name of what `loss_func` computes, below fastai's flattening and partials"
+    "Name of what `loss_func` computes, below fastai's flattening and partials; of a subclass, the name of the known loss that it derives from"
     while hasattr(loss_func, 'func'): loss_func = loss_func.func
-    return getattr(loss_func, '__name__', None) or type(loss_func).__name__
+    names = [getattr(loss_func, '__name__', None) or type(loss_func).__name__, *(c.__name__ for c in type(loss_func).__mro__)]
+    return next((n for n in names if n in (*_over_classes, *_yes_or_no, *_squared)), names[0])
 
 class GradNorm(Selector):
     """Importance sampling by an upper bound of the per-example gradient norm (Katharopoulos & Fleuret 2018, arXiv 1803.00942): the norm of the loss's
@@ -412,8 +417,7 @@ class GradNorm(Selector):
         self.gain = None # moving average of how many times larger a batch would have to be for the same reduction of variance
 
     weighted = needs_pred = True
-    accepted = ('CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss','MSELoss','mse_loss','BCEWithLogitsLoss',
-                'binary_cross_entropy_with_logits')
+    accepted = _over_classes[:4]+_squared+_yes_or_no # not NLLLoss, which comes after a softmax
     def check(self, loss_func):
         if _loss_kind(loss_func) not in self.accepted:
             raise ValueError(f"GradNorm() bounds gradient norms by the last layer's output, before its softmax: it knows {', '.join(self.accepted)}, "
@@ -484,19 +488,19 @@ class ReducibleLoss(TopK):
         if self.irreducible.device != losses.device: self.irreducible = self.irreducible.to(losses.device)
         return losses - self.irreducible[items]
 
-# %% ../nbs/02_select.ipynb #51a1fc95
-_over_classes = 'CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss','NLLLoss','nll_loss'
-_yes_or_no = 'BCEWithLogitsLoss','binary_cross_entropy_with_logits'
+# %% ../nbs/02_select.ipynb #fb462b62
+def _shows_doubt(loss_func):
+    "Can the model's doubt be read from predictions that are made for `loss_func`?"
+    return _loss_kind(loss_func) in (*_over_classes, *_yes_or_no)
 
 def prediction_entropy(
     loss_func, # A loss that takes logits: cross-entropy and its kin over classes, or binary cross-entropy
     pred:Tensor, # (B,C,...) logits, with the classes where `loss_func` wants them; (B,...) for binary cross-entropy
 ) -> Tensor|None: # (B,) float32, in nats, between 0 and log(C); None for any other loss
     "Entropy of each example's predicted distribution, averaged over its pixels, tokens or labels"
-    kind = _loss_kind(loss_func)
-    if not isinstance(pred, Tensor) or kind not in (*_over_classes, *_yes_or_no): return None
+    if not isinstance(pred, Tensor) or not _shows_doubt(loss_func): return None
     pred = pred.detach().as_subclass(Tensor).float()
-    if kind in _over_classes:
+    if _loss_kind(loss_func) in _over_classes:
         dim = _setting(loss_func, 'axis', 1) if pred.dim() > 1 else 0
         l = pred.log_softmax(dim)
         h = -(l.exp()*l.clamp(min=-1e30)).sum(dim) # a probability of 0 adds nothing
@@ -507,9 +511,18 @@ class Uncertainty(TopK):
     """Exactly the round(keep*B) candidates whose predictions are in most doubt (uncertainty sampling: Lewis & Gale 1994, arXiv cmp-lg/9407020): the highest
     entropy. Labels play no part, so wrong ones are not sought out. For losses that are not of classes, and scores that come without predictions: TopK"""
     by_loss = False
+    def __init__(self,
+        keep:float=.5, # Fraction of the candidates to keep
+        like=None, # For a loss of your own: one that PyTorch or fastai ships and that takes the same predictions, such as `nn.CrossEntropyLoss()`
+    ):
+        super().__init__(keep)
+        if like is not None and not _shows_doubt(like):
+            raise ValueError(f"like={like!r} must be a loss over classes: one of {', '.join((*_over_classes, *_yes_or_no))}.")
+        self.like = like
+
     def measure(self, losses, loss_func=None, pred=None, **context):
         "`prediction_entropy`, or the loss where there is none"
-        h = None if pred is None else prediction_entropy(loss_func, pred)
+        h = None if pred is None else prediction_entropy(self.like or loss_func, pred)
         return losses if h is None or len(h) != len(losses) else _where_finite(losses, h, losses)
 
     def score(self, losses, **context): return self.measure(losses, **context)

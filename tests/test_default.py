@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit, weights
-from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, set_seed
 from fastai.callback.mixup import MixUp
 from torch import nn
 
@@ -48,6 +48,10 @@ def squared(pred, y):
     return ((pred - y) ** 2).mean(1)
 
 
+def own_loss(pred, y, reduction="mean"):
+    return nn.functional.cross_entropy(pred, y, reduction=reduction)
+
+
 def learner(n, loss_func, out, targets, cbs):
     x, y = digits(n)
     y = torch.stack([y / 9.0], 1) if targets == "numbers" else y
@@ -57,22 +61,57 @@ def learner(n, loss_func, out, targets, cbs):
 
 
 @pytest.mark.parametrize(
-    "loss_func,out,targets,measure",
+    "loss_func,out,targets,measure,kw",
     [
-        (CrossEntropyLossFlat(), 10, "classes", entropy),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy),
-        (MSELossFlat(), 1, "numbers", squared),
+        (CrossEntropyLossFlat(), 10, "classes", entropy, {}),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy, {}),
+        (own_loss, 10, "classes", entropy, dict(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss()))),
+        (MSELossFlat(), 1, "numbers", squared, dict(selector=Uncertainty(0.5))),
     ],
 )
-def test_the_half_in_most_doubt(loss_func, out, targets, measure):
+def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
     "By prediction entropy where there are classes, whatever the labels; elsewhere by loss. Nothing is scored, nothing else is loaded"
     ref = Reference(digits(650)[0], measure)
-    learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(), 6)
+    learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(**kw), 6)
     sb = learn.sb
     assert sb.counts["fp"] == 0 and sb.log.loads.tolist() == sb.log.bp.tolist() == [len(e) for e in ref.epochs]
     assert [len(e) for e in ref.epochs[:1]] == [640] and all(len(e) <= 352 for e in ref.epochs[1:])
     for got, want in zip(ref.epochs[1:], ref.want[1:]):
         assert len(set(got)) == len(got) == len(want) // 32 * 32 and set(got) <= want
+
+
+@pytest.mark.parametrize("loss_func,name", [(MSELossFlat(), "MSELoss"), (lambda pred, y: ((pred - y) ** 2).mean(), "<lambda>")])
+def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsys):
+    "As without fastsb, bit by bit, even if the loss cannot be split; and that is said"
+    set_seed(0)
+    plain = quiet_fit(learner(330, loss_func, 1, "numbers", None), 3)
+    set_seed(0)
+    learn = learner(330, loss_func, 1, "numbers", None).selective_backprop()
+    with learn.no_bar():
+        learn.fit_one_cycle(3, 1e-2)
+    assert torch.equal(weights(plain), weights(learn))
+    assert learn.sb.log.selected.tolist() == [1.0] * 3 and learn.sb.counts["fp"] == 0
+    out = capsys.readouterr().out
+    assert f"everything is trained on. The default goes by doubt, which only losses over classes show, and {name} is not known" in out
+    assert out.count("fastsb:") == 1
+    quiet_fit(learn, 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_to_choose_by_loss_can_be_asked_for(capsys):
+    learn = learner(330, MSELossFlat(), 1, "numbers", None).selective_backprop(beta=1, start=1)
+    with learn.no_bar():
+        learn.fit(4)
+    assert learn.sb.log.selected[1:3].between(0.45, 0.6).all() and "fastsb" not in capsys.readouterr().out
+
+
+def test_doubt_is_known_again_with_another_loss():
+    "One callback, three fits: the loss decides anew each time"
+    learn = learner(330, CrossEntropyLossFlat(), 10, "classes", None).selective_backprop(start=0.3)
+    for loss_func, selects in ((CrossEntropyLossFlat(), True), (lambda pred, y: pred.square().mean(), False), (nn.CrossEntropyLoss(), True)):
+        learn.loss_func = loss_func
+        assert (quiet_fit(learn, 4).sb.log.selected.min() < 1) == selects
+        assert learn.sb.remembered
 
 
 def test_the_first_and_the_last_tenth_are_whole():

@@ -680,3 +680,61 @@ def test_the_command_is_listed(capsys):
     bench.main(["--help"])
     out = capsys.readouterr().out
     assert "equal_time" in out and "report" in out
+
+
+# numbers instead of classes
+
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, not 0"),
+        (["--seeds", "0"], "seeds must be a whole number of at least 1, not 0"),
+        (["--lr", "0"], "lr=0.0 must be above 0"),
+        (["--noise", "a"], "noise must be numbers from 0 to 1, separated by commas, not 'a'"),
+        (["--noise", "0,1.5"], "noise=1.5 must be between 0 and 1"),
+        (["--out", "."], "is a folder"),
+    ],
+)
+def test_faults_of_regression(args, says, capsys, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        bench.main(["regression", "--out", "r.json", *args])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == "" and says in err and not list(tmp_path.iterdir())
+
+
+def test_regression_trains_on_as_many_examples(monkeypatch, capsys):
+    "Whatever is left out: the budgets are equal, wrong targets are in training alone, and the error is of right ones"
+    fits, fit = [], et._fit
+
+    def spy(learn, cbs, lr):
+        wrong = torch.tensor(learn.dls.train.dataset.tensors[1] != numbers(0)).float().mean().item()
+        right = torch.equal(learn.dls.valid.dataset.tensors[1], numbers(2))
+        fit(learn, cbs, lr)
+        fits.append((cbs[0].trained, learn.sb.counts["bp"] / learn.sb.counts["candidates"] if hasattr(learn, "sb") else 1.0, wrong, right, learn))
+
+    def numbers(i):
+        return torch.tensor(et.load_arrays("digits")[i + 1 if i else 1])[:, None] / 4.5 - 1
+
+    monkeypatch.setattr(et, "_fit", spy)
+    bench.main("regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json".split())
+    n = len(numbers(0))
+    assert len(fits) == 6 and all(4 * n <= f[0] < 4 * n + 64 and f[3] for f in fits)
+    assert [f[1] < 0.8 for f in fits] == [False, True, True] * 2
+    assert [f[2] for f in fits] == pytest.approx([0] * 3 + [round(n / 4) / n] * 3, abs=1e-6)
+    saved = json.load(open("r.json"))
+    assert saved["command"] == "python -m fastsb.bench regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json" and "machine" in saved
+    for f, r in zip(fits, saved["runs"]):
+        x, y = f[4].dls.valid.dataset.tensors
+        with torch.no_grad():
+            pred = f[4].model.eval()(x)
+        assert r["error"] == pytest.approx(((pred - y) ** 2).mean().item() / y.var().item(), abs=1e-4)
+
+
+def test_regression_table():
+    errors = {("plain", 0): 0.2, ("plain", 1): 0.3, ("random", 0): 0.25, ("random", 1): 0.31}
+    json.dump(dict(runs=[dict(noise=0.2, method=m, seed=s, error=e) for (m, s), e in errors.items()]), open("t.json", "w"))
+    t = et.regression_table("t.json").set_index("method")
+    assert t.wrong.tolist() == ["20%"] * 2 and t.error.tolist() == [0.25, 0.28] and math.isnan(t.loc["plain", "to plain"])
+    assert t.loc["random", "to plain"] == 0.03
+    assert t.loc["random", "to plain ±"] == pytest.approx(stats.t.ppf(0.975, 1) * np.std([0.05, 0.01], ddof=1) / math.sqrt(2), abs=1e-4)
