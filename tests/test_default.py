@@ -144,6 +144,13 @@ def test_wrong_labels_are_not_sought_out():
     assert 0.25 < shares["default"] < 0.42 and shares["loss"] > 0.5
 
 
+def test_mixup_is_not_scored_where_all_is_kept(capsys):
+    learn = digits_learner(cbs=MixUp()).selective_backprop(beta=0)
+    with learn.no_bar():
+        learn.fit(1)
+    assert learn.sb.counts["fp"] == 0 and "fastsb" not in capsys.readouterr().out
+
+
 def test_mixup_is_scored_and_that_is_said(capsys):
     learn = digits_learner(cbs=MixUp()).selective_backprop()
     with learn.no_bar():
