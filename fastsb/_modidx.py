@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastsb.equal_time._setting': ('equal_time.html#_setting', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time._worker': ('equal_time.html#_worker', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.append_line': ('equal_time.html#append_line', 'fastsb/equal_time.py'),
+                                   'fastsb.equal_time.at_best_lr': ('equal_time.html#at_best_lr', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.budget_to_reach': ('equal_time.html#budget_to_reach', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.chooser': ('equal_time.html#chooser', 'fastsb/equal_time.py'),
                                    'fastsb.equal_time.configuration': ('equal_time.html#configuration', 'fastsb/equal_time.py'),

@@ -7,8 +7,9 @@ __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts
            'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'BatchNormOfAll', 'HeldOut',
            'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines',
            'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired',
-           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'lead_table', 'plot_equal_time',
-           'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report', 'regression', 'regression_table']
+           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'at_best_lr', 'lead_table',
+           'plot_equal_time', 'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report', 'regression',
+           'regression_table']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -731,7 +732,7 @@ def runs_table(
     "All runs as a table: what was asked for, what it cost, what came out"
     if not isinstance(runs, list) or not runs or not isinstance(runs[0], dict): runs = load_runs(runs)
     same = 'method','budget','seed','accuracy','loss','epochs','kept','scored','loaded','budget_s','spent_s','wall_s','curve'
-    return pd.DataFrame([dict(setting=_setting(r['config']), base=_setting(r['config'], labels=False), protocol=r['config']['protocol'],
+    return pd.DataFrame([dict(setting=_setting(r['config']), base=_setting(r['config'], labels=False), protocol=r['config']['protocol'], lr=r['config']['lr'],
         labels=r['config']['labels'] or f"{r['config']['noise']:.0%} wrong", **{k: r[k] for k in same}, wall_ref=r['wall_s']/r['spent_s']) for r in runs])
 
 def t_interval(
@@ -833,6 +834,20 @@ def time_to_plain(
                 rows.append({'setting':setting, 'method':m, 'plain budget':b0, 'ratio':r, 'low':lo, 'high':hi, 'first':first, 'last':last,
                     'seeds':len(seeds), 'time to plain':text, f'{100*level:g} %':interval})
     return pd.DataFrame(rows)
+
+# %% ../nbs/43_equal_time.ipynb #d0fd7d70
+def at_best_lr(
+    runs, # What `runs_table` returned, or what it takes
+    seeds:int=3, # A learning rate counts if it was run with so many seeds at least
+) -> pd.DataFrame: # The runs that are left; their `setting` has no learning rate, but the column `lr`
+    "Of each method and budget the runs with the learning rate at which its mean accuracy is highest"
+    df = _equal(runs)
+    df = df.assign(setting=[s.replace(f'lr {lr:g}', 'each at its best lr') for s,lr in zip(df.setting, df.lr)])
+    key = ['setting','method','budget']
+    df = df[df.groupby([*key,'lr']).seed.transform('nunique') >= seeds]
+    mean = df.groupby([*key,'lr']).accuracy.mean()
+    best = {k: g.idxmax()[-1] for k,g in mean.groupby(key)}
+    return df[np.array([lr == best[tuple(k)] for *k,lr in df[[*key,'lr']].itertuples(index=False)], dtype=bool)]
 
 # %% ../nbs/43_equal_time.ipynb #e74b3a3a
 def lead_table(
@@ -974,6 +989,13 @@ def report(
         if len(leads) and len(t := leads[leads.setting == setting]):
             parts += ["What the best lead is worth: if a doubling of the time brings plain training g points, a lead of l is worth about 2^(-l/g) of the time",
                       markdown(t.drop(columns='setting'))]
+    best = at_best_lr(runs)
+    for setting,g in best.groupby('setting', sort=False):
+        if g.lr.nunique() < 2: continue
+        which = g.groupby(['budget','method'], sort=False).lr.first().unstack('method').sort_index().reset_index()
+        parts += [f'## {setting}', 'The learning rate that was best for each method and budget, of those run with three seeds at least', markdown(which)]
+        if len(t := time_to_plain(g)):
+            parts += ["Time to plain training's accuracy with these", markdown(t.drop(columns=['setting','ratio','low','high','first','last']))]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
     if len(paper):

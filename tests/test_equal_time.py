@@ -738,3 +738,29 @@ def test_regression_table():
     assert t.wrong.tolist() == ["20%"] * 2 and t.error.tolist() == [0.25, 0.28] and math.isnan(t.loc["plain", "to plain"])
     assert t.loc["random", "to plain"] == 0.03
     assert t.loc["random", "to plain ±"] == pytest.approx(stats.t.ppf(0.975, 1) * np.std([0.05, 0.01], ddof=1) / math.sqrt(2), abs=1e-4)
+
+
+def test_each_at_its_best_learning_rate(capsys):
+    "Against pandas-free bookkeeping: the best mean among the learning rates with enough seeds, a tie to the lower, and nothing mixed"
+    best = {("plain", 6): 0.2, ("fast", 6): 0.4, ("plain", 12): 0.2, ("fast", 12): 0.2}
+    runs = []
+    for m, b in best:
+        for lr in (0.2, 0.4, 0.8):
+            for s in range(3 if lr < 0.8 else 1):  # 0.8 looks best but has one seed
+                acc = 0.99 if lr == 0.8 else 0.5 + 0.01 * s + 0.1 * (m == "fast") + 0.02 * b + 0.1 * (lr == best[m, b])
+                runs.append(line(m, b, s, acc))
+                runs[-1]["config"] = dict(runs[-1]["config"], lr=lr)
+    df = et.at_best_lr(et.runs_table(runs))
+    assert {(m, b): lr for m, b, lr in zip(df.method, df.budget, df.lr)} == best and len(df) == 12
+    assert df.setting.nunique() == 1 and "each at its best lr" in df.setting.iloc[0] and "0.2" not in df.setting.iloc[0]
+    assert et.at_best_lr(et.runs_table(runs), seeds=1).lr.unique().tolist() == [0.8]
+    assert et.at_best_lr(et.runs_table(runs), seeds=4).empty and "setting" in et.at_best_lr(et.runs_table(runs), seeds=4)
+    same = [dict(r, accuracy=0.5) for r in runs]
+    assert et.at_best_lr(et.runs_table(same)).lr.unique().tolist() == [0.2]
+    t = et.time_to_plain(df).set_index("plain budget")
+    assert t.loc[6, "time to plain"] == "< 1.00" and t.loc[12, "seeds"] == 3
+    for r in runs:
+        et.append_line("lr.jsonl", r)
+    bench.main(["report", "--files", "lr.jsonl", "--out", "rep"])
+    text = open("rep/report.md").read()
+    assert "each at its best lr" in text and "| 6 | 0.2 | 0.4 |" in text and "| 12 | 0.2 | 0.2 |" in text
