@@ -363,7 +363,6 @@ methods = dict(
     doubt_60       = lambda d: dict(selector=Uncertainty(.6)),
     doubt_last     = lambda d: dict(momentum=0.),
     doubt_long     = lambda d: dict(end=.95),
-    doubt_to_end   = lambda d: dict(end=1.),
     doubt_early    = lambda d: dict(end=.7),
     doubt_late     = lambda d: dict(start=.3),
     capped         = lambda d: dict(_fresh, selector=Capped(Percentile(1., exact=True), max_percentile=.9)),
@@ -970,6 +969,7 @@ def report(
     parts = ["# At equal time", "Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies in %; "
              "± is a 95 % interval over seeds; differences to plain training are by pairs of the same seed. Shares of the candidates: kept (trained on), "
              "scored, loaded. wall/ref: real seconds for a second of reference time."]
+    shares = lambda t: markdown(t.drop(columns=['setting','ratio','low','high','first','last']))
     equal,ttp,leads,plots = equal_time_table(runs),time_to_plain(runs),lead_table(runs),0
     for setting in equal.setting.unique() if len(equal) else ():
         parts.append(f'## {setting}')
@@ -985,7 +985,7 @@ def report(
             parts.append(f'![Accuracy and loss against the budget]({name})')
         if len(ttp) and len(t := ttp[ttp.setting == setting]):
             parts += ["Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; interval by bootstrap over seeds)",
-                      markdown(t.drop(columns=['setting','ratio','low','high','first','last']))]
+                      shares(t)]
         if len(leads) and len(t := leads[leads.setting == setting]):
             parts += ["What the best lead is worth: if a doubling of the time brings plain training g points, a lead of l is worth about 2^(-l/g) of the time",
                       markdown(t.drop(columns='setting'))]
@@ -994,8 +994,7 @@ def report(
         if g.lr.nunique() < 2: continue
         which = g.groupby(['budget','method'], sort=False).lr.first().unstack('method').sort_index().reset_index()
         parts += [f'## {setting}', 'The learning rate that was best for each method and budget, of those run with three seeds at least', markdown(which)]
-        if len(t := time_to_plain(g)):
-            parts += ["Time to plain training's accuracy with these", markdown(t.drop(columns=['setting','ratio','low','high','first','last']))]
+        if len(t := time_to_plain(g)): parts += ["Time to plain training's accuracy with these", shares(t)]
     noise,paper = noise_table(runs),paper_table(runs)
     if len(noise): parts += ['## Wrong labels','Accuracy, and in brackets the difference to plain training',markdown(noise)]
     if len(paper):
@@ -1021,6 +1020,7 @@ def regression(
 ) -> pd.DataFrame: # A row for each share and method
     "Does it pay to choose by loss where targets are numbers? (scikit-learn's digits, squared error)"
     for name,v in (('epochs',epochs),('seeds',seeds)): _check_int(name, v, 1)
+    if threads is not None: _check_int('threads', threads, 1)
     if not 0 < lr < math.inf: raise ValueError(f"lr={lr!r} must be above 0.")
     try: shares = [float(o) for o in noise.split(',')]
     except ValueError: raise ValueError(f"noise must be numbers from 0 to 1, separated by commas, not {noise!r}.") from None
@@ -1036,7 +1036,7 @@ def regression(
                     set_seed(seed)
                     t = number(wrong_labels(y, share, 10, seed))
                     dls = DataLoaders(DataLoader(TensorDataset(pixels(x), t), bs=64, shuffle=True, drop_last=True),
-                                      DataLoader(TensorDataset(pixels(xt), number(yt)), bs=256))
+                                      DataLoader(TensorDataset(pixels(xt), number(yt)), bs=256), device='cpu')
                     learn = Learner(dls, small_resnet(1, 1, 8), loss_func=torch.nn.MSELoss())
                     if kw := methods[method](None): learn.selective_backprop(**kw)
                     _fit(learn, [Budget(1e9, free, examples=epochs*len(x)), _NoValidation()], lr)

@@ -494,8 +494,13 @@ def test_the_papers_schedule(monkeypatch):
     ],
 )
 def test_faults(args, says, capsys, tmp_path):
+    faulty("equal_time", args, says, capsys, tmp_path)
+
+
+def faulty(command, args, says, capsys, tmp_path):
+    "The command ends with one sentence, and has written nothing"
     with pytest.raises(SystemExit) as e:
-        bench.main(["equal_time", "--out", "o.jsonl", *args])
+        bench.main([command, "--out", "o.jsonl", *args])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == ""
     assert says in err and err.startswith("fastsb.bench: ") and err.count("\n") == 1 and err.endswith(".\n")
@@ -690,6 +695,7 @@ def test_the_command_is_listed(capsys):
     [
         (["--epochs", "0"], "epochs must be a whole number of at least 1, not 0"),
         (["--seeds", "0"], "seeds must be a whole number of at least 1, not 0"),
+        (["--threads", "0"], "threads must be a whole number of at least 1, not 0"),
         (["--lr", "0"], "lr=0.0 must be above 0"),
         (["--noise", "a"], "noise must be numbers from 0 to 1, separated by commas, not 'a'"),
         (["--noise", "0,1.5"], "noise=1.5 must be between 0 and 1"),
@@ -697,10 +703,7 @@ def test_the_command_is_listed(capsys):
     ],
 )
 def test_faults_of_regression(args, says, capsys, tmp_path):
-    with pytest.raises(SystemExit) as e:
-        bench.main(["regression", "--out", "r.json", *args])
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and says in err and not list(tmp_path.iterdir())
+    faulty("regression", args, says, capsys, tmp_path)
 
 
 def test_regression_trains_on_as_many_examples(monkeypatch, capsys):
