@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sgd', 'endless', 'methods', 'protocols', 'train_seconds', 'no_counts', 'spent', 'epoch_seconds', 'price_name',
            'measure_costs', 'chooser', 'Budget', 'evaluate', 'Curve', 'RandomScores', 'BatchNormOfAll', 'HeldOut',
-           'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of', 'read_lines',
-           'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval', 'paired',
-           'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'at_best_lr', 'lead_table',
-           'plot_equal_time', 'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report', 'regression',
-           'regression_table']
+           'CrossFitted', 'method_settings', 'wrong_labels', 'Task', 'configuration', 'run', 'settings_of',
+           'read_lines', 'append_line', 'run_key', 'get_costs', 'equal_time', 'load_runs', 'runs_table', 't_interval',
+           'paired', 'equal_time_table', 'budget_to_reach', 'ratio_interval', 'time_to_plain', 'at_best_lr',
+           'lead_table', 'plot_equal_time', 'noise_table', 'time_to_error', 'paper_table', 'markdown', 'report',
+           'regression', 'regression_table']
 
 # %% ../nbs/43_equal_time.ipynb #9bbd9438
 import json, math, os, time, zlib
@@ -315,15 +315,33 @@ class HeldOut:
         d, # The `Task`
         seconds:float, # The budget
         costs:dict, # The prices
-    ) -> tuple: # The selector, the items to train on, what was spent
+    ) -> tuple: # The selector, the items to train on (None: all), what was spent (None: nothing)
         "Train that model"
         perm = np.random.default_rng(0).permutation(len(d.x))
         held,rest = np.split(perm, [max(2, round(self.share*len(perm)))])
-        learn,budget = d.learner(held),Budget(self.share*seconds, costs, scorer='Scorer()')
+        losses,counts = self._losses(d, held, rest, self.share*seconds, costs)
+        return ReducibleLoss(losses, keep=self.keep),rest,dict(counts, fp=counts['fp']+len(rest))
+
+    @staticmethod
+    def _losses(d, items, others, seconds, costs):
+        "What a model trained on `items` loses on the `others`, and what its training took"
+        learn,budget = d.learner(items),Budget(seconds, costs, scorer='Scorer()')
         _fit(learn, [budget, _NoValidation()], d.lr)
-        learn.dls = d.dls(rest)
-        losses = irreducible_losses(learn)
-        return ReducibleLoss(losses, keep=self.keep),rest,dict(budget.counts, fp=budget.counts['fp']+len(rest))
+        learn.dls = d.dls(others)
+        return irreducible_losses(learn),budget.counts
+
+class CrossFitted(HeldOut):
+    """Stands for `ReducibleLoss` until two models have been trained, each for a whole budget on one half of the training set, and asked about
+    the other half; that is not charged"""
+    def __init__(self,
+        keep:float=.5, # Fraction of the candidates to keep
+    ): super().__init__(keep, .5)
+    def __repr__(self): return f"CrossFitted(keep={self.keep:g})"
+
+    def prepare(self, d, seconds, costs):
+        halves,losses = np.array_split(np.random.default_rng(0).permutation(len(d.x)), 2),torch.empty(len(d.x))
+        for items,others in (halves,halves[::-1]): losses[others] = self._losses(d, items, others, seconds, costs)[0]
+        return ReducibleLoss(losses, keep=self.keep),None,None
 
 _fresh = dict(score='model', start=1, end=1.) # scored by a forward pass, from the second epoch to the last
 _cached = dict(score='cached', momentum=.5, start=.1, end=.9)
@@ -367,6 +385,7 @@ methods = dict(
     doubt_late     = lambda d: dict(start=.3),
     capped         = lambda d: dict(_fresh, selector=Capped(Percentile(1., exact=True), max_percentile=.9)),
     rho            = lambda d: dict(_fresh, selector=HeldOut(keep=.5), batching='prune'),
+    rho_free       = lambda d: dict(_fresh, selector=CrossFitted(keep=.5), batching='prune'),
 )
 
 protocols = dict(equal_time='plain default random random_scores sb cached topk_half'.split(), paper='plain sb sb_beta3_stale'.split()) # default methods

@@ -283,6 +283,25 @@ def test_what_is_held_out():
     assert 60 <= budget.spent < 62 and budget.counts["fp"] > 288 and counts["fp"] == 288
 
 
+def test_two_halves_that_judge_each_other():
+    "Each item's irreducible loss is from the model that did not train on it, all items are trained on, and nothing is charged"
+    d = task(items=320, precision="fp32")
+    made, learner = [], d.learner
+    d.learner = lambda items: made.append((items, learner(items))) or made[-1][1]
+    selector, rest, counts = et.CrossFitted(keep=0.5).prepare(d, 30.0, COSTS)
+    (a, first), (b, second) = made
+    assert rest is None and counts is None and len(a) == len(b) == 160 and sorted([*a, *b]) == list(range(320))
+    for items, learn in ((b, first), (a, second)):
+        with torch.no_grad():
+            batches = list(d.dls(items).train.new(shuffle=False, drop_last=False))
+            x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in batches]) for i in (0, 1))
+            ref = torch.nn.functional.cross_entropy(learn.model.eval()(x), y, reduction="none")
+        assert torch.allclose(selector.irreducible[items], ref, atol=1e-4)
+    r = et.run(et.configuration(items=320, **SMALL), "rho_free", 0, 3, COSTS, "cpu")
+    assert r["items"] == 320 and r["loaded"] == 1 and r["settings"]["selector"] == "CrossFitted(keep=0.5)"
+    assert r["counts"]["fp"] == r["counts"]["loads"] - 320 and et.spent(r["counts"], COSTS) == pytest.approx(r["spent_s"])
+
+
 def test_the_same_run_again_is_the_same():
     config = et.configuration(items=160, **SMALL, noise=0.1)
     a, b = (et.run(config, "cached", 3, 2, COSTS, "cpu") for _ in range(2))
