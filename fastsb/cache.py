@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['LossCache', 'choose', 'ItemTracker', 'shortened']
 
-# %% ../nbs/04_cache.ipynb #25f1943c
+# %% ../nbs/04_cache.ipynb #66eefe46
+import random
+
 import torch
 from torch import Tensor
 
@@ -199,6 +201,7 @@ def choose(
         l = cache.losses(part, epoch, max_age)
         known = l.isfinite()
         at,keep = known.nonzero().squeeze(1),~known
+        if selector.exact and not selector.sure: at = at[selector.uniform(len(at), at.device).argsort()] # or neighbours would never go together
         s = selector.select(l[at], cache, items=part[at]) if len(at) else Selection(at, l[at])
         keep[at[s.idx]] = True
         chosen[a:a+len(part)] = keep.cpu()
@@ -330,11 +333,19 @@ class shortened(_Altered):
             dl.rng = rng
         order = order[torch.isin(order, self.items)]
         if not len(order): order = self.items # it drew none of them: an epoch needs a batch
-        drop = dl.drop_last and len(order) >= dl.bs                  # of less than a batch, nothing would be left
-        if not drop and dl.bs > 1 and len(order) % dl.bs == 1 < len(order): order = order[:-1] # BatchNorm cannot train on a last batch of one
+        drop,bs = dl.drop_last and len(order) >= dl.bs,dl.bs # of less than a batch, nothing would be left
+        rest,k = len(order) % bs,-(-len(order)//bs)
+        if not drop and k > 1 and 0 < rest < max(bs/2, 2): # the last batch would be a small one
+            even = -(-len(order)//k)
+            if len(order) - (k-1)*even >= max(even/2, 2): bs = even
+            else: # there are many batches: these few wait for another epoch, and are drawn, so that nobody always does
+                r,here = random.Random(),torch.ones(len(order), dtype=torch.bool)
+                r.setstate(self._rng.getstate())
+                here[r.sample(range(len(order)), rest)] = False
+                order = order[here]
         self._idxs,n = order.tolist(),len(order)
-        self._alter(get_idxs=self._get_idxs, n=n, drop_last=drop, **({'partial_n':n} if getattr(dl, 'partial_n', None) is not None else {}))
-        if len(dl) != (n//dl.bs if drop else -(-n//dl.bs)):
+        self._alter(get_idxs=self._get_idxs, n=n, bs=bs, drop_last=drop, **({'partial_n':n} if getattr(dl, 'partial_n', None) is not None else {}))
+        if len(dl) != (n//bs if drop else -(-n//bs)):
             self.stop()
             raise ValueError(f"A {type(dl).__name__} counts its batches in a way of its own and cannot be shortened: use score='model' with it.")
         return self

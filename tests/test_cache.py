@@ -3,6 +3,7 @@ import copy
 import math
 import pickle
 import random
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -518,12 +519,15 @@ def check_loader(dl, items_of, r, seed):
         order = [int(i) for i in dl.get_idxs() if int(i) in set(items.tolist())]
         after = dl.rng.getstate()
         order = order or items.sort().values.tolist()
-        if not (dl.drop_last and len(order) >= dl.bs) and dl.bs > 1 and len(order) % dl.bs == 1 and len(order) > 1:
-            order = order[:-1]  # no last batch of one
+        n_order, bs, drop = len(order), dl.bs, dl.drop_last and len(order) >= dl.bs
+        sizes = [bs] * (n_order // bs) + [n_order % bs] * (not drop and n_order % bs > 0)
+        if len(sizes) > 1 and bs > sizes[-1] < max(bs / 2, 2):  # no small last batch: smaller ones, or without the last
+            even = math.ceil(n_order / len(sizes))
+            last = n_order - even * (len(sizes) - 1)
+            sizes = [even] * (len(sizes) - 1) + [last] if last >= max(even / 2, 2) else sizes[:-1]
         rewind(dl, seed)
         with shortened(dl, items), ItemTracker(dl) as t:
-            k, drop = len(order), dl.drop_last
-            assert drop <= (k >= dl.bs) and len(dl) == (k // dl.bs if drop else -(-k // dl.bs)) > 0
+            assert dl.drop_last == drop and len(dl) == len(sizes) > 0
             got = []
             for b in dl:
                 assert torch.equal(t.items, torch.Tensor(items_of(b)).long())
@@ -531,12 +535,14 @@ def check_loader(dl, items_of, r, seed):
         skip = getattr(dl.dataset, "skip", 0)
         flat = sum(got, [])
         expect = [i for i in order if not (skip and i % skip == 1)]
+        if not skip:
+            assert [len(b) for b in got] == sizes
         if dl.fake_l.num_workers < 2 or not skip:
-            assert flat == (expect[: len(expect) // dl.bs * dl.bs] if drop else expect)
-            assert skip or len(got) == -(-len(order) // dl.bs) - (drop and len(order) % dl.bs > 0)
-        assert set(flat) <= set(expect)
-        if not drop:
-            assert sorted(flat) == sorted(expect)
+            rest = iter(expect)
+            assert all(i in rest for i in flat)  # the loader's own order...
+        assert not Counter(flat) - Counter(expect)
+        if sum(sizes) == n_order and not drop:
+            assert sorted(flat) == sorted(expect)  # ...of all
         assert dl.rng.getstate() == after and plain_state(dl)[0] == before[0] and len(dl) == n_batches
     rewind(dl, seed)
     assert same(want, list(dl))
@@ -614,6 +620,21 @@ def test_a_fixed_epoch_may_be_looked_at_twice():
         assert first == [t.items.tolist() for _ in dl]
 
 
+def test_a_fixed_number_of_items_is_any_of_them():
+    "Also if all are equally likely: which two go together does not depend on where they stand in the data set"
+    n, k, together, cache = 40, 20, np.zeros((40, 40)), LossCache(40)
+    cache.update(torch.arange(n), torch.ones(n), 0)
+    sel = Random(0.5, exact=True, seed=0)
+    for _ in range(4000):
+        idx, p, _ = choose(cache, sel, 1)
+        assert len(idx) == k and torch.equal(idx, idx.unique()) and torch.allclose(p, torch.full((k,), 0.5))
+        together[np.ix_(idx, idx)] += 1
+    share = together[~np.eye(n, dtype=bool)] / 4000
+    expect = k * (k - 1) / n / (n - 1)
+    assert np.abs(np.diag(together) / 4000 - 0.5).max() < 5 * 0.5 / 4000**0.5
+    assert np.abs(share - expect).max() < 5 * (expect * (1 - expect) / 4000) ** 0.5
+
+
 def test_nothing_chosen_and_too_few_chosen():
     dl = DataLoader(Rows(30), bs=8, drop_last=True)
     with shortened(dl, []):
@@ -623,10 +644,16 @@ def test_nothing_chosen_and_too_few_chosen():
     with shortened(dl, range(9)):
         assert len(dl) == 1 and dl.drop_last
     assert dl.drop_last
-    dl = DataLoader(Rows(30), bs=4)  # BatchNorm cannot train on one row
-    for k, sizes in ((9, [4, 4]), (10, [4, 4, 2]), (1, [1])):
+    dl = DataLoader(Rows(30), bs=4)
+    for k, sizes in ((3, [3]), (1, [1]), (5, [3, 2]), (9, [3, 3, 3]), (10, [4, 4, 2]), (13, [4, 4, 4]), (30, [4] * 7 + [2])):  # no small last batch
         with shortened(dl, range(k)):
             assert [len(b[1]) for b in dl] == sizes and len(dl) == len(sizes)
+    assert dl.bs == 4
+    waiting = Counter()
+    for _ in range(300):
+        with shortened(dl, range(13)), ItemTracker(dl) as t:
+            waiting.update(set(range(13)) - {i for _ in dl for i in t.items.tolist()})
+    assert sum(waiting.values()) == 300 and len(waiting) == 13 and max(waiting.values()) < 60  # nobody always, though this loader does not shuffle
     dl = WeightedDL(Rows(30), wgts=[1.0] + [0.0] * 29, bs=8, shuffle=True, num_workers=0)
     with shortened(dl, [7, 8]):  # it never draws these
         assert [second(b).tolist() for b in dl] == [[7, 8]]
