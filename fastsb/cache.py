@@ -310,9 +310,12 @@ class ItemTracker(_Altered):
         finally:
             if alive: self.start().items = items
 
-# %% ../nbs/04_cache.ipynb #3aa8076b
+# %% ../nbs/04_cache.ipynb #81befeef
 class shortened(_Altered):
-    "For one epoch `dl` yields `items` only, in the order that it would have given them: `with shortened(dl, items): for b in dl: ...`"
+    """For one epoch `dl` yields `items` only, in the order that it would have given them: `with shortened(dl, items): for b in dl: ...`
+
+    No last batch is of less than half: then `dl.bs` is a little smaller for that epoch, or a few of `items`, drawn, are left out.
+    `drop_last` is obeyed as ever."""
     def __init__(self,
         dl, # A fastai `DataLoader`
         items, # Indices into `dl.dataset`, in any order

@@ -332,10 +332,10 @@ class HeldOut:
 
 class CrossFitted(HeldOut):
     """Stands for `ReducibleLoss` until two models have been trained, each for a whole budget on one half of the training set, and asked about
-    the other half; that is not charged"""
+    the other half; that is not charged (RHO-LOSS without held-out data: Mindermann et al. 2022, arXiv 2206.07137)"""
     def __init__(self,
         keep:float=.5, # Fraction of the candidates to keep
-    ): super().__init__(keep, .5)
+    ): self.keep = keep
     def __repr__(self): return f"CrossFitted(keep={self.keep:g})"
 
     def prepare(self, d, seconds, costs):
