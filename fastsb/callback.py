@@ -22,12 +22,13 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from .cache import ItemTracker, LossCache, _check_loader, choose, shortened
+from .cache import ItemTracker, LossCache, check_loader, choose, shortened
+from .check import check_bool, check_number
 from .engine import SelectiveBackprop, _settings
 from .history import LossHistory
 from .losses import per_item_loss, unreduced
 from .score import as_scorer
-from .select import InfoBatch, LossShare, Percentile, Selector, TopK, Uncertainty, _check_bool, _check_number, _loss_kind, _shows_doubt
+from .select import InfoBatch, LossShare, Percentile, Selector, TopK, Uncertainty, loss_kind, shows_doubt
 
 # %% ../nbs/10_callback.ipynb #72a2facd
 # Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the highest fifth of them would hold
@@ -69,7 +70,7 @@ class SelectiveBackpropCallback(Callback):
         pool:float=.75, # With score='two_stage': share of the items, those with the highest remembered losses, that is loaded and scored
     ):
         for name,v in (('start',start),('end',end)):
-            _check_number(name, v, high=1. if isinstance(v, float) else float('inf'), why=' (an int is epochs, a float a fraction of the fit)')
+            check_number(name, v, high=1. if isinstance(v, float) else float('inf'), why=' (an int is epochs, a float a fraction of the fit)')
         if isinstance(start, float) and start == 1.:
             raise ValueError("start=1.0 is a fraction of the fit: nothing would ever be selected. For one epoch, pass start=1.")
         if type(start) is type(end) and end <= start: raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
@@ -94,7 +95,7 @@ class SelectiveBackpropCallback(Callback):
         if stale > 1 and remembered: raise ValueError(f"stale={stale} is for score='model'; with score={score!r} remembered losses decide in every epoch.")
         if stale > 1 and not self.scorer.own:
             raise ValueError(f"stale={stale}: scores of {self.scorer} cannot stand beside the losses that training leaves: use score='model' or stale=1.")
-        _check_number('momentum', momentum, high=1.); _check_number('pool', pool, high=1.)
+        check_number('momentum', momentum, high=1.); check_number('pool', pool, high=1.)
         self.score,self.remembered,self.stale,self.momentum,self.max_age,self.pool = score,remembered,stale,momentum,max_age,pool
         if self.caches and self.selector.needs_pred:
             raise ValueError(f"{self.selector} needs predictions, and remembered losses come without: use score='model' and stale=1.")
@@ -146,11 +147,11 @@ class SelectiveBackpropCallback(Callback):
 
     def _know_doubt(self):
         "By default train on everything, and say so, where the loss shows no doubt: to choose by loss instead has won nothing, and seeks out wrong targets"
-        if _shows_doubt(self._lf): self.selector = self._by_doubt
+        if shows_doubt(self._lf): self.selector = self._by_doubt
         else:
             self.selector = Percentile(0.)
             if self.learn.logger != noop:
-                print(f"fastsb: everything is trained on. The default goes by doubt, which only losses over classes show, and {_loss_kind(self._lf)} is not "
+                print(f"fastsb: everything is trained on. The default goes by doubt, which only losses over classes show, and {loss_kind(self._lf)} is not "
                       "known as one: if it is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, which seeks out wrong targets, "
                       "pass beta=1.")
 
@@ -165,7 +166,7 @@ class SelectiveBackpropCallback(Callback):
             raise ValueError(f"{type(mix[0]).__name__} trains on mixtures, whose losses are of no single item and cannot be remembered: "
                              "use score='model' and stale=1.")
         self._check_items_known()
-        _check_loader(dl)
+        check_loader(dl)
 
     def _can_remember(self, dl):
         "With score='auto', find out; say so where it cannot be done"
@@ -339,7 +340,7 @@ paper_settings = dict(beta=1., exact=False, score='model', start=1, end=1.) # Ji
 
 def _callback(paper=False, **kwargs):
     "The callback that `learn.selective_backprop` adds"
-    _check_bool('paper', paper)
+    check_bool('paper', paper)
     if paper: kwargs = {k: v for k,v in paper_settings.items() if 'selector' not in kwargs or k not in ('beta','exact')} | kwargs
     return SelectiveBackpropCallback(**kwargs)
 

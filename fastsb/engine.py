@@ -12,10 +12,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from .buffer import BatchBuffer, _leaves, _rebuild, n_rows, take
+from .buffer import BatchBuffer, leaves, rebuild, n_rows, take
 from .history import LossHistory
 from .losses import per_item_loss
-from .score import _model_batch, as_scorer
+from .score import model_batch, as_scorer
 from .select import Percentile, Selector
 
 # %% ../nbs/05_engine.ipynb #a553571c
@@ -101,7 +101,7 @@ class SelectiveBackprop:
         selector = _settings(beta, exact, seed, selector, batching, rescale, interrupt, per_item, self.scorer)
         if selector.keep != 1: selector.check(loss_func)
         self.model,self.loss_func,self.start,self.end,self.batching = model,loss_func,start,end,batching
-        self.selector,self.per_item,self.forward,self.autocast,self.n_inp = selector,per_item,forward or _model_batch,autocast,None
+        self.selector,self.per_item,self.forward,self.autocast,self.n_inp = selector,per_item,forward or model_batch,autocast,None
         self.rescale,self.interrupt,self.weighted,self.weights,self.whole = rescale,interrupt,rescale != 'mean' or selector.weighted,None,True
         self.history,self.buffer,self.clock = LossHistory(history),BatchBuffer(bs),Stopwatch()
         self.epoch,self.counts,self.log,self.fractions,self._since,self._checked = 0,dict(candidates=0, fp=0, bp=0),[],[],0,False
@@ -284,7 +284,7 @@ class SelectiveBackprop:
         select = self.epoch >= self.start and (self.end is None or self.epoch < self.end)
         try:
             for batch in self._loaded(dl):
-                batch = _rebuild(batch, (t.to(device, non_blocking=True) for _,t in _leaves(batch)))
+                batch = rebuild(batch, (t.to(device, non_blocking=True) for _,t in leaves(batch)))
                 for b,w in self.offer(batch, select):
                     self.weights = w
                     self.clock.start('training', device)

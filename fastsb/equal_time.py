@@ -42,8 +42,9 @@ from .cache import LossCache, choose, shortened
 from .callback import Autocast, SelectiveBackpropCallback, _callback, irreducible_losses
 from .data import get_model, image_dls, load_arrays, models, small_resnet
 from .engine import SelectiveBackprop
-from .score import Doubtful, Proxy, Scorer, _model_batch, as_scorer, scoring
-from .select import Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty, _check_number
+from .score import Doubtful, Proxy, Scorer, model_batch, as_scorer, scoring
+from .select import Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty
+from .check import check_number
 from .train import LRByExamples
 
 # %% ../nbs/43_equal_time.ipynb #5a0eeb65
@@ -178,7 +179,7 @@ class Budget(Callback):
         counts:dict|None=None, # What was spent before on this budget, if anything
         examples:int|None=None, # End after so many examples were trained on instead, and let schedules follow them
     ):
-        _check_number('seconds', seconds)
+        check_number('seconds', seconds)
         if seconds <= 0: raise ValueError(f"seconds={seconds!r} must be above 0.")
         if examples is not None: _check_int('examples', examples, 1)
         for k in no_counts():
@@ -289,7 +290,7 @@ class RandomScores(TopK):
 class BatchNormOfAll(Scorer):
     "Scores in training mode, so that BatchNorm's running statistics come to be those of all candidates; what training steps do to them in between is undone"
     stats = None
-    def __call__(self, batch, model, loss_func, forward=_model_batch, **how):
+    def __call__(self, batch, model, loss_func, forward=model_batch, **how):
         norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         def in_training_mode(model, batch):
             for m in norms: m.training = True
@@ -410,7 +411,7 @@ def wrong_labels(
     seed:int, # Decides which, and what they become
 ) -> np.ndarray: # (n,) int64
     "A copy of `y` of which exactly `round(share*n)` labels are wrong: replaced by any other class, all equally likely"
-    _check_number('noise', share, high=1.)
+    check_number('noise', share, high=1.)
     if n_classes < 2 and share > 0: raise ValueError(f"noise={share!r} needs at least 2 classes, not {n_classes}.")
     rng,y = np.random.default_rng(seed),y.copy()
     i = rng.permutation(len(y))[:round(share*len(y))]
@@ -506,7 +507,7 @@ def configuration(
         _check_int('width', width, 1)
         if model != 'small': raise ValueError(f"width={width} is for model='small'; {model} has its own.")
     for name,v,high in (('noise',noise,1.),('lr',lr,math.inf),('wd',wd,math.inf),('momentum',momentum,1.)):
-        try: _check_number(name, v, high=high)
+        try: check_number(name, v, high=high)
         except TypeError as e: raise ValueError(str(e)) from None
     if lr == 0: raise ValueError("lr=0 would train nothing: it must be above 0.")
     if noise and labels: raise ValueError(f"noise={noise} and labels={labels!r}: pass one of them, either makes labels wrong.")
@@ -1043,7 +1044,7 @@ def regression(
     if not 0 < lr < math.inf: raise ValueError(f"lr={lr!r} must be above 0.")
     try: shares = [float(o) for o in noise.split(',')]
     except ValueError: raise ValueError(f"noise must be numbers from 0 to 1, separated by commas, not {noise!r}.") from None
-    for o in shares: _check_number('noise', o, high=1.)
+    for o in shares: check_number('noise', o, high=1.)
     p,(x,y,xt,yt) = check_out(out),load_arrays('digits')
     pixels = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2)/255
     number = lambda y: torch.from_numpy(y).float()[:,None]/4.5 - 1

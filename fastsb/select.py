@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['Selection', 'bernoulli', 'inclusion', 'systematic', 'Selector', 'Percentile', 'Random', 'Hybrid', 'Absolute',
-           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss', 'prediction_entropy',
-           'Uncertainty', 'InfoBatch', 'OrderedPool']
+           'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'loss_kind', 'GradNorm', 'ReducibleLoss', 'shows_doubt',
+           'prediction_entropy', 'Uncertainty', 'InfoBatch', 'OrderedPool']
 
 # %% ../nbs/02_select.ipynb #306164c5
 import math
 from collections import namedtuple
-from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .history import LossHistory, _as_losses, _host
-from .losses import _setting, per_item_loss
+from .check import check_bool, check_number, check_positive
+from .history import LossHistory, as_losses, host_array
+from .losses import loss_setting, per_item_loss
 
 # %% ../nbs/02_select.ipynb #715ee484
 def bernoulli(
@@ -34,7 +34,7 @@ def inclusion(
     k:int, # How many are to be drawn, at most `B`
 ) -> Tensor: # (B,) float64 in [0,1], summing to `k`
     "Inclusion probabilities for a draw of exactly `k`: proportional to `p`, but at most 1 (Särndal et al. 1992, section 3.6); zeros share what is left over"
-    if (v := _host(p)) is not None: return torch.from_numpy(_inclusion_host(v, k))
+    if (v := host_array(p)) is not None: return torch.from_numpy(_inclusion_host(v, k))
     p = _double(p).clamp(min=1e-30)
     s = p.sort().values
     below = s.cumsum(0)                                      # the sum up to each
@@ -55,9 +55,9 @@ def systematic(
     u:Tensor, # () or (1,) uniform draw in [0,1)
 ) -> Tensor: # (k,) long, ascending, all different
     "Systematic sampling (Madow 1949): exactly `k` candidates, each with its inclusion probability; the host never waits"
-    if (v := _host(pi)) is not None and u.is_cpu:
+    if (v := host_array(pi)) is not None and u.is_cpu:
         j = np.arange(k)
-        i = v.cumsum().searchsorted(_host(u)+j, side='right')
+        i = v.cumsum().searchsorted(host_array(u)+j, side='right')
         return torch.from_numpy(np.minimum(np.maximum.accumulate(i-j), len(v)-k) + j)
     j = torch.arange(k, device=pi.device)
     i = torch.searchsorted(pi.cumsum(0), u.to(pi.dtype).reshape(1)+j, right=True)
@@ -69,18 +69,8 @@ Selection.__doc__ = "Who is trained on: `idx` (k,) long, `p` (B,) the probabilit
 
 def _where_finite(losses, x, other):
     "`x` where `losses` are finite, elsewhere `other`"
-    if (v := _host(losses)) is not None and x.is_floating_point() and np.count_nonzero(np.isfinite(v)) == len(v): return x
+    if (v := host_array(losses)) is not None and x.is_floating_point() and np.count_nonzero(np.isfinite(v)) == len(v): return x
     return torch.where(losses.isfinite(), x, other)
-
-def _check_number(name, value, low=0., high=math.inf, why=''):
-    "Raise `TypeError` or `ValueError` unless `value` is a number in [low, high]"
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name}={value!r} must be a number{why}.")
-    if not low <= value <= high or math.isinf(value):
-        raise ValueError(f"{name}={value!r} must be {f'between {low:g} and {high:g}' if high < math.inf else f'at least {low:g}'}{why}.")
-
-def _check_bool(name, value):
-    "Raise `TypeError` unless `value` is True or False"
-    if not isinstance(value, bool): raise TypeError(f"{name}={value!r} must be True or False.")
 
 # %% ../nbs/02_select.ipynb #33b5a814
 class Selector:
@@ -103,7 +93,7 @@ class Selector:
         exact:bool=False, # Keep exactly `keep*B` of `B` candidates (systematic sampling) instead of drawing each by itself
         seed:int|None=None, # Seed of the selector's own generator; None: derived from torch's seed, which is read but not moved
     ):
-        _check_bool('exact', exact)
+        check_bool('exact', exact)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)): raise TypeError(f"seed={seed!r} must be an int or None.")
         self.exact,self.seed = exact,seed
 
@@ -164,7 +154,7 @@ class Selector:
         **context, # Passed on to `probs`
     ) -> Selection:
         "Who is trained on. Candidates whose loss is NaN or infinite always are, so that whoever watches for them sees them"
-        losses = _as_losses(losses)
+        losses = as_losses(losses)
         p = _where_finite(losses, self.probs(losses, history, **context), 1e12 if self.exact else 1.)
         if not self.exact:
             if self.sure: return Selection(p.nonzero().view(-1), p)
@@ -191,7 +181,7 @@ class Percentile(Selector):
         exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates
         seed:int|None=None, # Seed of the draws
     ):
-        _check_number('beta', beta, why=' (0 keeps everything, 1 half of the examples, 2 a third)')
+        check_number('beta', beta, why=' (0 keeps everything, 1 half of the examples, 2 a third)')
         super().__init__(exact, seed)
         self.beta,self.keep = float(beta),1/(beta+1)
 
@@ -207,9 +197,7 @@ class Percentile(Selector):
     def __repr__(self): return f"Percentile(beta={self.beta:g}{', exact=True' if self.exact else ''})"
 
 # %% ../nbs/02_select.ipynb #dfea99ed
-def _check_keep(keep): _check_number('keep', keep, low=0., high=1., why=', the fraction of the candidates to keep'); _check_positive('keep', keep)
-def _check_positive(name, value):
-    if value <= 0: raise ValueError(f"{name}={value!r} must be above 0.")
+def _check_keep(keep): check_positive('keep', keep, high=1., why=', the fraction of the candidates to keep')
 
 class Random(Selector):
     "Every candidate with the same probability: the control that a method must beat"
@@ -233,7 +221,7 @@ class Hybrid(Percentile):
         exact:bool=False, # Keep exactly round(B/(beta+1)) of `B` candidates
         seed:int|None=None, # Seed of the draws
     ):
-        _check_number('mix', mix, high=1.)
+        check_number('mix', mix, high=1.)
         super().__init__(beta, exact, seed)
         self.mix = float(mix)
 
@@ -265,7 +253,7 @@ class Threshold(Selector):
     def __init__(self,
         loss:float, # The limit, in the unit of the loss
     ):
-        _check_number('loss', loss, low=-math.inf)
+        check_number('loss', loss, low=-math.inf)
         super().__init__()
         self.loss = float(loss)
 
@@ -274,7 +262,7 @@ class Threshold(Selector):
 
 def _highest(x, n):
     "(B,) bool: the `n` largest of `x`; of equals the first, NaN last"
-    if (v := _host(x)) is None: return _ranks(x) < n
+    if (v := host_array(x)) is None: return _ranks(x) < n
     v,n = np.where(v == v, v, -np.inf),int(n)
     return torch.from_numpy(_from(np.partition(v, len(v)-n)[len(v)-n], v, n)) if n > 0 else torch.zeros(len(v), dtype=torch.bool)
 
@@ -308,9 +296,9 @@ class TopK(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "The choice, and who is not finite before all others; the count is known, so the host never waits"
-        losses = _as_losses(losses)
+        losses = as_losses(losses)
         first = _highest(_where_finite(losses, self.score(losses, **context), torch.inf), k := self.count(len(losses)))
-        if (v := _host(first)) is not None: idx = torch.from_numpy(np.flatnonzero(v))
+        if (v := host_array(first)) is not None: idx = torch.from_numpy(np.flatnonzero(v))
         else: idx = torch.arange(len(first), device=first.device).masked_fill(~first, len(first)).sort().values[:k]
         return Selection(idx, first.float())
 
@@ -331,10 +319,10 @@ class LossShare(Selector):
         super().__init__()
         self.sched = min_loss_perc if callable(min_loss_perc) else None
         self.min_samples_perc = 0. if min_samples_perc is None else min_samples_perc
-        _check_number('min_samples_perc', self.min_samples_perc, high=1.)
-        for pct in ((0.,.5,1.) if self.sched else ()): _check_number(f'min_loss_perc at {pct:g} of the fit', self.sched(pct), high=1.)
+        check_number('min_samples_perc', self.min_samples_perc, high=1.)
+        for pct in ((0.,.5,1.) if self.sched else ()): check_number(f'min_loss_perc at {pct:g} of the fit', self.sched(pct), high=1.)
         self.min_loss_perc = self.sched(0.) if self.sched else min_loss_perc
-        _check_number('min_loss_perc', self.min_loss_perc, high=1.)
+        check_number('min_loss_perc', self.min_loss_perc, high=1.)
         if self.sched is None and 1 in (self.min_loss_perc, self.min_samples_perc): self.keep = 1.
 
     def at(self, pct):
@@ -345,7 +333,7 @@ class LossShare(Selector):
         return self._select(losses).p
 
     def _select(self, losses, surely=False):
-        l = _as_losses(losses).numpy(force=True) # how many are kept must be known on the host in any case: this waits once, and then it is known
+        l = as_losses(losses).numpy(force=True) # how many are kept must be known on the host in any case: this waits once, and then it is known
         finite = np.isfinite(l)
         held = np.where(finite, np.maximum(l, 0), 0)
         falling = np.sort(held)[::-1]
@@ -369,7 +357,7 @@ class Capped(Selector):
     ):
         if not isinstance(selector, Selector) or selector.weighted: raise TypeError(f"selector={selector!r} must be a Selector without weights of its own.")
         if not selector.by_loss: raise ValueError(f"{selector} does not choose by loss, so it needs no cap on losses.")
-        _check_number('max_percentile', max_percentile, high=1.); _check_positive('max_percentile', max_percentile)
+        check_number('max_percentile', max_percentile, high=1.); check_positive('max_percentile', max_percentile)
         super().__init__(selector.exact and not selector.sure, selector.seed)
         self.selector,self.max_percentile = selector,float(max_percentile)
         self.sure,self.global_,self.needs_items,self.needs_pred = selector.sure,selector.global_,selector.needs_items,selector.needs_pred
@@ -390,7 +378,7 @@ _over_classes = 'CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy',
 _yes_or_no = 'BCEWithLogitsLoss','binary_cross_entropy_with_logits'
 _squared = 'MSELoss','mse_loss'
 
-def _loss_kind(loss_func):
+def loss_kind(loss_func):
     "Name of what `loss_func` computes, below fastai's flattening and partials; of a subclass, the name of the known loss that it derives from"
     while hasattr(loss_func, 'func'): loss_func = loss_func.func
     names = [getattr(loss_func, '__name__', None) or type(loss_func).__name__, *(c.__name__ for c in type(loss_func).__mro__)]
@@ -408,10 +396,10 @@ class GradNorm(Selector):
         tau:float|None=None, # Gate; None: (B+3b)/(3b) with B = presample*b, the speed-up from which sampling pays (a backward pass costs two forward passes)
         seed:int|None=None, # Seed of the draws
     ):
-        _check_number('presample', presample)
+        check_number('presample', presample)
         if presample <= 1: raise ValueError(f"presample={presample!r} must be above 1: candidates for each example trained on.")
         self.tau = (presample+3)/3 if tau is None else tau
-        _check_number('tau', self.tau)
+        check_number('tau', self.tau)
         super().__init__(True, seed)
         self.presample,self.keep = float(presample),1/presample
         self.gain = None # moving average of how many times larger a batch would have to be for the same reduction of variance
@@ -419,9 +407,9 @@ class GradNorm(Selector):
     weighted = needs_pred = True
     accepted = _over_classes[:4]+_squared+_yes_or_no # not NLLLoss, which comes after a softmax
     def check(self, loss_func):
-        if _loss_kind(loss_func) not in self.accepted:
+        if loss_kind(loss_func) not in self.accepted:
             raise ValueError(f"GradNorm() bounds gradient norms by the last layer's output, before its softmax: it knows {', '.join(self.accepted)}, "
-                             f"not {_loss_kind(loss_func)}. Use Percentile() instead.")
+                             f"not {loss_kind(loss_func)}. Use Percentile() instead.")
 
     def bound(self,
         losses:Tensor, # (B,) losses
@@ -456,7 +444,7 @@ class GradNorm(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "Draws with replacement; `w` makes the weighted mean over the drawn an unbiased estimate of the mean over all. What is not finite is kept first"
-        losses = _as_losses(losses)
+        losses = as_losses(losses)
         q,k,finite = self.probs(losses, history, **context),self.count(len(losses)),losses.isfinite()
         u = self.uniform(k, losses.device) if u is None else u
         cdf = _double(q).cumsum(0)
@@ -489,19 +477,19 @@ class ReducibleLoss(TopK):
         return losses - self.irreducible[items]
 
 # %% ../nbs/02_select.ipynb #fb462b62
-def _shows_doubt(loss_func):
+def shows_doubt(loss_func):
     "Can the model's doubt be read from predictions that are made for `loss_func`?"
-    return _loss_kind(loss_func) in (*_over_classes, *_yes_or_no)
+    return loss_kind(loss_func) in (*_over_classes, *_yes_or_no)
 
 def prediction_entropy(
     loss_func, # A loss that takes logits: cross-entropy and its kin over classes, or binary cross-entropy
     pred:Tensor, # (B,C,...) logits, with the classes where `loss_func` wants them; (B,...) for binary cross-entropy
 ) -> Tensor|None: # (B,) float32, in nats, between 0 and log(C); None for any other loss
     "Entropy of each example's predicted distribution, averaged over its pixels, tokens or labels"
-    if not isinstance(pred, Tensor) or not _shows_doubt(loss_func): return None
+    if not isinstance(pred, Tensor) or not shows_doubt(loss_func): return None
     pred = pred.detach().as_subclass(Tensor).float()
-    if _loss_kind(loss_func) in _over_classes:
-        dim = _setting(loss_func, 'axis', 1) if pred.dim() > 1 else 0
+    if loss_kind(loss_func) in _over_classes:
+        dim = loss_setting(loss_func, 'axis', 1) if pred.dim() > 1 else 0
         l = pred.log_softmax(dim)
         h = -(l.exp()*l.clamp(min=-1e30)).sum(dim) # a probability of 0 adds nothing
     else: h = nn.functional.binary_cross_entropy_with_logits(pred, pred.sigmoid(), reduction='none')
@@ -516,7 +504,7 @@ class Uncertainty(TopK):
         like=None, # For a loss of your own: one that PyTorch or fastai ships and that takes the same predictions, such as `nn.CrossEntropyLoss()`
     ):
         super().__init__(keep)
-        if like is not None and not _shows_doubt(like):
+        if like is not None and not shows_doubt(like):
             raise ValueError(f"like={like!r} must be a loss over classes: one of {', '.join((*_over_classes, *_yes_or_no))}.")
         self.like = like
 
@@ -536,7 +524,7 @@ class InfoBatch(Selector):
         r:float=.5, # Fraction of the candidates below the mean that is left out
         seed:int|None=None, # Seed of the draws
     ):
-        _check_number('r', r, high=1.)
+        check_number('r', r, high=1.)
         if r == 1: raise ValueError(f"r={r!r} must be below 1: what is kept is weighted by 1/(1-r).")
         super().__init__(False, seed)
         self.r = float(r)
@@ -550,7 +538,7 @@ class InfoBatch(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "Exactly int((1-r)*n) of the `n` candidates below the mean, at random without replacement, and all others"
-        losses = _as_losses(losses)
+        losses = as_losses(losses)
         p = self.probs(losses, history, **context)
         low,u = p < 1,self.uniform(len(losses), losses.device) if u is None else u
         k = (_double(low.sum())*(1-self.r) + 1e-9).floor() # 1e-9: 10*(1-.9) is not quite 1
@@ -567,7 +555,7 @@ class OrderedPool(TopK):
         keep:float=.5, # Fraction of the candidates that is kept of it, at most `pool`
         seed:int|None=None, # Seed of the draws
     ):
-        _check_number('pool', pool, high=1.)
+        check_number('pool', pool, high=1.)
         super().__init__(keep)
         if keep > pool: raise ValueError(f"keep={keep!r} must be at most pool={pool!r}: both are fractions of the candidates.")
         self.pool,self.seed = float(pool),seed
@@ -576,7 +564,7 @@ class OrderedPool(TopK):
         "The highest round(keep*B) of a random round(pool*B); those that are not finite before all others"
         u = self.uniform(len(losses), losses.device) if u is None else u
         n = max(math.floor(self.pool*len(losses) + .5), self.count(len(losses)))
-        losses = _as_losses(losses)
+        losses = as_losses(losses)
         pooled = torch.where(_highest(-u, n), losses, losses.clamp(max=-3e38)) # the lowest there are, but what is not finite stays so
         return super().select(pooled, history, **context)
 

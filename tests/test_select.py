@@ -377,7 +377,7 @@ def no_host(monkeypatch):
 
     def switch():
         for module in (history, select):
-            monkeypatch.setattr(module, "_host", lambda t: None)
+            monkeypatch.setattr(module, "host_array", lambda t: None)
 
     return switch
 
