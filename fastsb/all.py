@@ -4,7 +4,11 @@ from fastsb.buffer import *
 from fastsb.callback import *
 from fastsb.engine import *
 from fastsb.history import *
+from fastsb.learner import *
 from fastsb.losses import *
+from fastsb.memory import *
 from fastsb.plot import *
+from fastsb.record import *
+from fastsb.sampler import *
 from fastsb.score import *
 from fastsb.select import *

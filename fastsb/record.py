@@ -129,6 +129,16 @@ class Record:
         self.counts['candidates'] += n
         self.skipped,self._age,self._share = self.skipped+n,age,share
 
+    def candidates(self,
+        losses:Tensor, # (B,) losses of candidates, NaN and infinite ones among them
+    ):
+        "Put the losses of candidates in the epoch's record: their mean, how uneven they are, how many are not finite"
+        finite = losses.isfinite()
+        sure = torch.where(finite, losses, 0.)
+        held = sure.clamp(min=0)
+        top = held.topk(-(-len(held)//5)).values
+        self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(), held=held.sum(), top_held=top.sum())
+
     def trained(self,
         loss:Tensor, # () mean loss of a batch that was trained on
         n:int, # Its rows

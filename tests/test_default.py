@@ -7,7 +7,8 @@ from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, Da
 from fastai.callback.mixup import MixUp
 from torch import nn
 
-from fastsb.callback import SelectiveBackpropCallback, paper_settings
+from fastsb.callback import SelectiveBackpropCallback
+from fastsb.learner import paper_settings
 from fastsb.score import Doubtful
 from fastsb.select import Capped, Percentile, TopK, Uncertainty
 
