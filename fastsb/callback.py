@@ -24,7 +24,7 @@ from fastcore.meta import delegates
 
 from .cache import ItemTracker, LossCache, check_loader, choose, shortened
 from .check import check_bool, check_number
-from .engine import SelectiveBackprop, _settings
+from .engine import Choice, SelectiveBackprop
 from .history import LossHistory
 from .losses import per_item_loss, unreduced
 from .score import as_scorer
@@ -47,7 +47,7 @@ class SelectiveBackpropCallback(Callback):
     score='auto' remembers what training has left of each item, at no cost. It makes a forward pass of all instead where that cannot be done (distributed
     training, MixUp, loaders that do not tell which items they give), and says so; and where `stale` or the selector needs it."""
     order,run_valid,name = -5,False,'sb' # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
-    _stateattrs = ('engine','cache','_tracker','_short','_metric','_steps','_at','_w','_row_items') # not exported
+    _stateattrs = ('engine','cache','_tracker','_short','_metric','_steps','_w','_row_items') # not exported
     engine = cache = _tracker = _short = _metric = _learn = None
     _plan = 'now'
     _said = False
@@ -78,7 +78,7 @@ class SelectiveBackpropCallback(Callback):
         if isinstance(score, str) and score not in known:
             raise ValueError(f"score={score!r} must be one of {', '.join(map(repr, known))}, a Scorer, a Proxy or a callable (model, batch) -> (B,).")
         self.scorer = as_scorer('model' if isinstance(score, str) else score)
-        self.selector = _settings(1. if beta is None else beta, exact, seed, selector, batching, rescale, interrupt, per_item, self.scorer)
+        self.selector = Choice(1. if beta is None else beta, exact, seed, selector, batching, rescale, interrupt, per_item, self.scorer).selector
         self.history = LossHistory(history).size
         self._by_doubt = None # what the default chooses by, put aside while there is no doubt to be known
         if beta is None and selector is None:
@@ -134,11 +134,13 @@ class SelectiveBackpropCallback(Callback):
         self.engine = SelectiveBackprop(self.model, self._lf, bs, history=self.history, batching=self.batching, selector=self.selector,
                                         rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item, forward=self._forward, score=self.scorer)
         self.engine.check_ranks()
+        self.engine.keep_scores = self.caches
+        self.engine.checked = self.remembered and self.score != 'two_stage' # then no pass is made to score
         if self.selector.needs_items: self._check_items_known()
         if self.selector.keep != 1 and self.per_item is None:
             with unreduced(self._lf): pass # raises for a loss that cannot be split
         self._restore() # should a fit before this one have ended in an exception before its first epoch
-        self._steps,self._at,self._plan,self._since,self._began,self.cache = [],[],'now',0,False,None
+        self._steps,self._plan,self._since,self._began,self.cache = [],'now',0,False,None
         if self.caches or self.selector.needs_items: self._tracker = ItemTracker(dl).start() # complains about loaders whose items are not known
         if self.caches: self.cache = LossCache(len(dl.dataset), self.momentum, device=self.engine.device)
         self._metric = ValueMetric(self._selected, 'selected')
@@ -215,7 +217,7 @@ class SelectiveBackpropCallback(Callback):
         e = self.engine
         e.epoch = self.learn.epoch
         if self.cache is not None: self._plan = self._choose_items(e)
-        e.clock.start('loading', torch.device('cpu'))
+        e.clock.start('loading')
 
     def _choose_items(self, e):
         "Plan of the epoch: 'whole', 'score' what is loaded, or train on all of the 'sample' that is loaded"
@@ -231,8 +233,7 @@ class SelectiveBackpropCallback(Callback):
         self._w = None if w is None else torch.ones(n).scatter(0, chosen, w).to(e.device) # by item
         self._short = shortened(dl, chosen).start()
         known = self.cache.summary(self.epoch)
-        e.skip(offered-rows(), known['age'] if known['seen'] else 0.)
-        self._loaded_share = len(chosen)/n
+        e.record.skip(offered-rows(), known['age'] if known['seen'] else 0., share=len(chosen)/n if offered > rows() else 1.)
         return 'score' if self.score == 'two_stage' else 'sample'
 
     def before_batch(self):
@@ -244,7 +245,7 @@ class SelectiveBackpropCallback(Callback):
             raise ValueError("Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and MixUp and CutMix mix them: use rescale='mean'.")
         self._n_inp,self._n_targ = e.n_inp,_ = len(self.xb),len(self.yb)
         e.autocast = next((a for cb in self.learn.cbs if isinstance(a := vars(cb).get('autocast'), torch.autocast)), None)
-        self._at.append(self.epoch + self.iter/self.n_iter)
+        e.done = self.iter/self.n_iter
         self.selector.at(self.pct_train)
         items = None if self._tracker is None else self._tracker.items.to(self.yb[0].device, non_blocking=True)
         batch = (*self.xb, *self.yb) if self.cache is None else (*self.xb, *self.yb, items) # where losses are remembered, each row says whose it is
@@ -256,11 +257,10 @@ class SelectiveBackpropCallback(Callback):
             if not e.whole:
                 fresh = self.scorer.scored if self.scorer.remembers else slice(None)
                 self.cache.update(items[fresh], e.scores[fresh], self.epoch, trained=False)
-            if self._plan != 'whole' and e._skipped: e.fractions[-1] *= self._loaded_share
         if not ready:
             self.learn.yb = () # so that Recorder passes over it
             raise CancelBatchException()
-        b,e.weights = ready[0]
+        b,e.weights = ready[-1]
         self.learn.xb,self.learn.yb = b[:self._n_inp],b[self._n_inp:self._n_inp+self._n_targ]
         if self.cache is not None: self._row_items = b[-1]
         if self._plan == 'sample' and self._w is not None: e.weights = self._w[self._row_items]
@@ -282,13 +282,13 @@ class SelectiveBackpropCallback(Callback):
     def after_batch(self):
         self.engine.clock.stop('training')
         self._steps.append(len(self.yb) > 0)
-        self.engine.clock.start('loading', torch.device('cpu'))
+        self.engine.clock.start('loading')
 
     def after_train(self):
         "End the epoch's record; where only some items were loaded, `candidate_loss` is the mean of the losses that are remembered of all"
         if self._plan == 'sample' and self.selector.by_loss:
             known = self.cache.summary(self.epoch)
-            if known['seen']: self.engine._add(candidate_loss=torch.tensor(float(known['loss']*known['seen'])), finite=torch.tensor(float(known['seen'])))
+            if known['seen']: self.engine.record.sum(candidate_loss=torch.tensor(float(known['loss']*known['seen'])), finite=torch.tensor(float(known['seen'])))
         if self._short is not None: self._short.stop()
         self.engine.end_epoch()
 
