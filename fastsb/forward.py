@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['PreparedForward']
 
-# %% ../nbs/10a_forward.ipynb #af89a811
+# %% ../nbs/10a_forward.ipynb #2148d319
+import torch
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import RNNCallback
 from torch import Tensor
 
-# %% ../nbs/10a_forward.ipynb #020fb235
+# %% ../nbs/10a_forward.ipynb #137c4817
 class PreparedForward:
     "The forward pass of scoring: what other callbacks do to a batch before the model, and to its output, is done here too"
     def __init__(self,
         learn, # The `Learner`
         after:int, # Callbacks of this order and below have done their work before
     ):
-        self.learn,self.after,self.steps,self.scored = learn,after,None,False
+        self.learn,self.after,self.scored = learn,after,False
+        self.known = not any(self._may_prepare(cb) for cb in learn.cbs) # is it known who prepares batches?
+        self.steps = [(cb, 'after_pred') for cb in learn.cbs if isinstance(cb, RNNCallback)] # (callback, event) pairs
         self.sizes = 1,2 # how many entries of a batch are inputs; inputs and targets
 
     def __call__(self,
@@ -26,8 +30,9 @@ class PreparedForward:
         "Prediction and targets of a batch of candidates"
         learn,self.scored = self.learn,True
         n_inp,n = self.sizes
-        old = learn.xb,learn.yb,getattr(learn, 'pred', None)
-        states = {id(cb): (cb, dict(vars(cb))) for cb,_ in self.steps or ()}
+        own = vars(learn)
+        old = {k: own[k] for k in ('xb','yb','pred') if k in own}
+        states = {id(cb): (cb, dict(vars(cb))) for cb,_ in self.steps}
         try:
             learn.xb,learn.yb = tuple(batch[:n_inp]),tuple(batch[n_inp:n])
             self._do('before_batch')
@@ -35,23 +40,25 @@ class PreparedForward:
             self._do('after_pred')
             return learn.pred,tuple(learn.yb)
         finally:
-            learn.xb,learn.yb,learn.pred = old
+            for k in ('xb','yb','pred'): own.pop(k, None)
+            own.update(old)
             for cb,state in states.values():
                 vars(cb).clear()
                 vars(cb).update(state)
 
     def _do(self, event):
-        for cb,its in self.steps or ():
+        for cb,its in self.steps:
             if its == event: cb(event)
 
-    @property
-    def known(self) -> bool:
-        "Has a batch shown who prepares batches?"
-        return self.steps is not None
+    def _may_prepare(self, cb):
+        "Might this callback do something to a batch before the model, or to its output? Of fastai's own it is known"
+        if cb.order <= self.after or not any(hasattr(cb, event) for event in ('before_batch','after_pred')): return False
+        theirs = type(cb).__module__.split('.')[0] in ('fastai','fastsb')
+        return not theirs or type(cb).__name__ in ('ChannelsLast','NonNativeMixedPrecision')
 
     def watch(self): # Callable that ends it
         "Look at who changes the next batch, which is trained on"
-        learn,self.steps = self.learn,[]
+        learn,self.known = self.learn,True
         own = vars(learn)
         old = own.get('_call_one')
         def call_one(event):
@@ -66,7 +73,8 @@ class PreparedForward:
         return stop
 
     def _found(self, cb, event):
-        if isinstance(cb, MixHandler) or (cb,event) in self.steps: return # it mixes what was chosen
+        mixes,casts = isinstance(cb, MixHandler),isinstance(vars(cb).get('autocast'), torch.autocast) # scoring casts as well
+        if mixes or casts or (cb,event) in self.steps: return
         if self.scored:
             raise ValueError(f"{type(cb).__name__} changes in `{event}` what the model sees or says, and the first candidates were "
                              "scored before that could be known: let the fit begin with a batch that is trained whole, with any "
@@ -78,4 +86,6 @@ def _fingerprint(learn, event):
     if event == 'after_pred': parts = [learn.pred]
     elif event == 'before_batch': parts = [*learn.xb, *learn.yb]
     else: return None
-    return [(id(o), o._version if isinstance(o, Tensor) else None) for o in parts]
+    return [_of_tensor(o) if isinstance(o, Tensor) else id(o) for o in parts]
+
+def _of_tensor(t): return t.data_ptr(),t._version,t.shape,t.stride(),t.dtype # another tensor type of the same memory is the same

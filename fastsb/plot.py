@@ -36,5 +36,5 @@ def plot_selected(self:SelectiveBackpropCallback,
 ): # The axes
     "The selected fraction over the last fit, per batch and per epoch"
     if self.engine is None: raise ValueError("There is nothing to plot yet: fit first (an exported learner does not bring its record along).")
-    log = self.log
-    return plot_fractions(self._at, self.engine.fractions, log.epoch, log.selected, self.selector.keep if self.selector.keep != 1 else None, ax)
+    log,points = self.log,self.engine.record.points
+    return plot_fractions(points.x, points.y, log.epoch, log.selected, self.selector.keep if self.selector.keep != 1 else None, ax)

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['log_columns', 'Stopwatch', 'Points', 'Record']
 
-# %% ../nbs/08_record.ipynb #d46a4ada
-import time, warnings
+# %% ../nbs/08_record.ipynb #0133408d
+import math, time, warnings
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_record.ipynb #84495f93
+from .check import check_int
+
+# %% ../nbs/08_record.ipynb #149f5984
 class Stopwatch:
     "Seconds spent in named stretches: `perf_counter` on a CPU; on a GPU events, which are read only when the seconds are asked for"
+    limit = 1024 # pairs of events that are kept: more are read as they come, if the device has passed them
     def __init__(self): self._open,self._events,self._secs = {},[],defaultdict(float)
 
     def _now(self, device):
@@ -36,18 +39,25 @@ class Stopwatch:
         "End the stretch `name`, if it was started"
         if name not in self._open: return
         t,device = self._open.pop(name)
-        if device is not None and device.type == 'cuda': self._events.append((name, t, self._now(device)))
-        else: self._secs[name] += time.perf_counter()-t
+        if device is None or device.type != 'cuda': self._secs[name] += time.perf_counter()-t
+        else:
+            self._events.append((name, t, self._now(device)))
+            if len(self._events) % self.limit == 0: self._read(lambda e: e.query())
+
+    def _read(self, passed):
+        "Add up the stretches up to the first whose last event has not `passed`"
+        n = next((i for i,(_,_,e) in enumerate(self._events) if not passed(e)), len(self._events))
+        for name,a,b in self._events[:n]: self._secs[name] += a.elapsed_time(b)/1000
+        del self._events[:n]
 
     def read(self) -> dict: # {name: seconds}
         "Seconds of each stretch since the last reading (on a GPU this waits)"
         for _,_,e in self._events[-1:]: e.synchronize()
-        for name,a,b in self._events: self._secs[name] += a.elapsed_time(b)/1000
-        secs = dict(self._secs)
-        self._events,self._secs = [],defaultdict(float)
+        self._read(lambda e: True)
+        secs,self._secs = dict(self._secs),defaultdict(float)
         return secs
 
-# %% ../nbs/08_record.ipynb #dc3e5d08
+# %% ../nbs/08_record.ipynb #d9afa73f
 class Points:
     "At most `limit` points of a curve, evenly thinned as they come"
     def __init__(self,
@@ -72,22 +82,33 @@ class Points:
         "What `load_state_dict` needs to go on from here"
         return dict(limit=self.limit, every=self.every, seen=self.seen, x=list(self.x), y=list(self.y))
 
+    def check_state(self,
+        state:dict, # From `state_dict`
+    ):
+        "Raise `ValueError` if `state` is not one of points"
+        if not isinstance(state, dict) or set(state) != {*self.state_dict()}: raise ValueError("The saved points are none.")
+        for k,low in (('limit',1),('every',1),('seen',0)): check_int(f"The saved points' {k}", state[k], low)
+        if not len(state['x']) == len(state['y']) <= state['limit']: raise ValueError("The saved points are not as many as they say.")
+
     def load_state_dict(self,
         state:dict, # From `state_dict`
     ):
         "Go on from `state`"
-        self.limit,self.every,self.seen,self.x,self.y = state['limit'],state['every'],state['seen'],list(state['x']),list(state['y'])
+        self.check_state(state)
+        self.limit,self.every,self.seen = state['limit'],state['every'],state['seen']
+        self.x,self.y = list(state['x']),list(state['y'])
 
-# %% ../nbs/08_record.ipynb #4a7a302b
+# %% ../nbs/08_record.ipynb #7a535d6d
 log_columns = ('fit epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads score_age '
                'loading_s').split()
 
 class Record:
     "Counts, seconds and sums of a training, and a log of a row an epoch"
+    every = 256 # batches whose losses are kept before they are added up
     def __init__(self,
         limit:int=4096, # Points of the selected-fraction curve that are kept at most
     ):
-        self.limit,self.log,self.fit,self.clock = limit,[],-1,Stopwatch()
+        self.limit,self.log,self.fit,self.clock,self.warned = limit,[],-1,Stopwatch(),False
         self.begin_fit()
 
     def begin_fit(self):
@@ -99,6 +120,7 @@ class Record:
     def _begin(self):
         "Begin an epoch"
         self._before,self._sums,self._trained = dict(self.counts),{},0
+        self._scored,self._losses,self._waiting = defaultdict(list),defaultdict(list),0
         self.skipped,self._age,self._share = 0,0.,1.
 
     def sum(self,
@@ -108,6 +130,33 @@ class Record:
         names = tuple(values)
         new = torch.stack([v.detach().as_subclass(Tensor).float() for v in values.values()])
         self._sums[names] = new + self._sums[names].to(new.device) if names in self._sums else new
+
+    def scored(self,
+        losses:Tensor, # (B,) losses of candidates, NaN and infinite ones among them; they must not be written to afterwards
+    ):
+        "Note the losses of a batch of candidates (`candidate_loss`, `top_share`). They are kept as they are, and looked at for many batches at once"
+        l = losses.detach().as_subclass(Tensor)
+        if not len(l): return
+        if l.untyped_storage().nbytes() > 2*l.nbytes: l = l.clone() # a view: what it is of need not be kept
+        self._scored[len(l)].append(l)
+        self._waits()
+
+    def _waits(self):
+        "Something more waits to be added up"
+        self._waiting += 1
+        if self._waiting == self.every: self._add_up()
+
+    def _add_up(self):
+        "Add what waits to the sums"
+        for n,many in self._scored.items():
+            l = torch.stack([l.to(many[0].device) for l in many]).float()
+            finite = l.isfinite()
+            sure = torch.where(finite, l, 0.)
+            held = sure.clamp(min=0)
+            top = held.topk(math.ceil(.2*n), dim=1).values
+            self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(), held=held.sum(), top_held=top.sum())
+        for n,many in self._losses.items(): self.sum(trained_loss=torch.stack([l.to(many[0].device) for l in many]).sum()*n)
+        self._scored,self._losses,self._waiting = defaultdict(list),defaultdict(list),0
 
     def offered(self,
         candidates:int, # Of a batch
@@ -129,23 +178,15 @@ class Record:
         self.counts['candidates'] += n
         self.skipped,self._age,self._share = self.skipped+n,age,share
 
-    def candidates(self,
-        losses:Tensor, # (B,) losses of candidates, NaN and infinite ones among them
-    ):
-        "Put the losses of candidates in the epoch's record: their mean, how uneven they are, how many are not finite"
-        finite = losses.isfinite()
-        sure = torch.where(finite, losses, 0.)
-        held = sure.clamp(min=0)
-        top = held.topk(-(-len(held)//5)).values
-        self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(), held=held.sum(), top_held=top.sum())
-
     def trained(self,
         loss:Tensor, # () mean loss of a batch that was trained on
         n:int, # Its rows
     ):
         "Put the loss of a training pass in the epoch's record (`trained_loss`)"
-        self.sum(trained_loss=loss*n)
+        l = loss.detach().as_subclass(Tensor)
+        self._losses[n].append(l.float() if l.dtype != torch.float32 else l.clone()) # a copy: there are loops that divide their losses
         self._trained += n
+        self._waits()
 
     @property
     def loads(self) -> int:
@@ -154,6 +195,7 @@ class Record:
 
     def _fetch(self):
         "The epoch's sums as numbers: one transfer"
+        self._add_up()
         sums,names = defaultdict(float),[k for ks in self._sums for k in ks]
         if not names: return sums
         device = next(iter(self._sums.values())).device
@@ -179,8 +221,8 @@ class Record:
         return self.log[-1]
 
     def _warn(self, row, bad, left, who):
-        if bad and not getattr(self, '_warned', False):
-            self._warned = True
+        if bad and not self.warned:
+            self.warned = True
             warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for percentiles; "
                           "their examples are trained on.")
         if row['fp'] and not row['bp'] and not left:
@@ -189,17 +231,22 @@ class Record:
 
     def state_dict(self) -> dict: # Plain Python values only
         "What `load_state_dict` needs to go on after an epoch as if nothing had been between"
-        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=[dict(r) for r in self.log], points=self.points.state_dict())
+        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=[dict(r) for r in self.log], points=self.points.state_dict(),
+                    warned=self.warned)
 
     def check_state(self,
         state:dict, # From `state_dict`
     ):
         "Raise `ValueError` if `state` is not one of a record"
-        lacks = {'fit','epoch','counts','log','points'} - set(state)
-        if lacks: raise ValueError(f"The saved record lacks {sorted(lacks)}.")
+        if not isinstance(state, dict): raise ValueError(f"The saved record must be a dict, not a {type(state).__name__}.")
+        if lacks := {*self.state_dict()} - set(state): raise ValueError(f"The saved record lacks {sorted(lacks)}.")
+        for k in ('fit','epoch'): check_int(f"The saved record's {k}", state[k], 0)
         c = state['counts']
         if set(c) != set(self.counts) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in c.values()):
             raise ValueError(f"The saved record has counts={c!r}, which must be whole numbers of at least 0 for {', '.join(self.counts)}.")
+        if any(set(r) != set(log_columns) for r in state['log']):
+            raise ValueError(f"A row of the saved record's log must have {', '.join(log_columns)}.")
+        self.points.check_state(state['points'])
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -209,4 +256,5 @@ class Record:
         self.fit,self.epoch,self.counts = state['fit'],state['epoch'],dict(state['counts'])
         self.log = [dict(r) for r in state['log']]
         self.points.load_state_dict(state['points'])
+        self.warned = state['warned']
         self._begin()

@@ -99,7 +99,7 @@ class WithItems(Dataset):
         if hasattr(sample, '_fields') or not isinstance(sample, (tuple,list)): return sample,i
         return type(sample)([*sample, i])
 
-# %% ../nbs/07_sampler.ipynb #c540baf3
+# %% ../nbs/07_sampler.ipynb #0dd4185d
 class SelectiveSampler(Sampler):
     """The items of each epoch, chosen by what training has left of them: for any PyTorch `DataLoader`, in any number of processes.
 
@@ -164,6 +164,11 @@ class SelectiveSampler(Sampler):
         if rank >= num_replicas: raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
         return num_replicas,rank
 
+    @property
+    def now(self) -> int:
+        "The epoch at hand, counted over all fits: ages are by it"
+        return self.past + self.epoch
+
     def __repr__(self):
         return f"SelectiveSampler({len(self.memory)}, {self.selector}, {self.window}, epochs={self.epochs}), in epoch {self.epoch}"
 
@@ -203,7 +208,7 @@ class SelectiveSampler(Sampler):
         mine,chosen,w = selector is self.selector,torch.zeros(0, dtype=torch.long),None
         weighs = mine and (selector.weighted or self.rescale != 'mean')
         if not together() or dist.get_rank() == 0:
-            chosen,p,w = choose(self.memory, selector, self.past+self.epoch, max_age=self.max_age, probs=self.rescale == 'inverse')
+            chosen,p,w = choose(self.memory, selector, self.now, max_age=self.max_age, probs=self.rescale == 'inverse')
             if weighs and w is None:
                 share = len(chosen)/len(self.memory)
                 w = torch.full((len(chosen),), share) if self.rescale == 'sum' else share/p
@@ -233,12 +238,12 @@ class SelectiveSampler(Sampler):
             if losses is None: losses = self._losses(pred, yb)
             doubt = None if self.selector.by_loss else self._doubt(losses, pred, yb)
             kept = [v if sure is True or v is None else torch.where(sure.to(v.device), v, torch.nan) for v in (losses,doubt)]
-            self.memory.update(items, *kept, epoch=self.past+self.epoch)
+            self.memory.update(items, *kept, epoch=self.now)
             n = len(losses)
             if count:
                 self.record.offered(n, bp=n, at=self.epoch + self._seen/max(self._yielded, 1))
                 self.record.trained(losses.mean() if loss is None else loss, n)
-                if self.chosen is None: self.record.candidates(losses)
+                if self.chosen is None: self.record.scored(losses)
         self._seen += n
 
     def _losses(self, pred, yb):
@@ -277,7 +282,7 @@ class SelectiveSampler(Sampler):
     def note_remembered(self):
         "In an epoch that loads only some items, `candidate_loss` is the mean of the losses that are remembered of all"
         if self.chosen is None: return
-        known = self.memory.summary(self.past+self.epoch)
+        known = self.memory.summary(self.now)
         if known['seen']: self.record.sum(candidate_loss=torch.tensor(float(known['loss'])), finite=torch.tensor(1.))
 
     @property
@@ -291,7 +296,7 @@ class SelectiveSampler(Sampler):
         if self.window.by_share and self.epochs is None:
             raise ValueError(f"{self.window}: a fraction of the fit needs its length; pass epochs=, or whole numbers of epochs for start and end.")
         chosen = self.begin_epoch(self.epoch)
-        gen = torch.Generator().manual_seed((self.seed + self.past + self.epoch) % 2**63)
+        gen = torch.Generator().manual_seed((self.seed + self.now) % 2**63)
         order = torch.arange(len(self.memory)) if chosen is None else self._enough(chosen, gen)
         if self.shuffle: order = order[torch.randperm(len(order), generator=gen)]
         if chosen is not None: order = self._even(order, gen)
@@ -322,7 +327,7 @@ class SelectiveSampler(Sampler):
         return padded[self.rank::self.num_replicas]
 
     def _note_skipped(self, loaded):
-        known = self.memory.summary(self.past+self.epoch)
+        known = self.memory.summary(self.now)
         n = len(self.memory)
         self.record.skip((n-loaded)//self.num_replicas, known['age'] if known['seen'] else 0., loaded/n)
 

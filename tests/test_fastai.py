@@ -60,15 +60,16 @@ def test_each_fit_starts_afresh():
     learn = digits_learner().selective_backprop(**fresh())
     quiet_fit(learn, 3)
     quiet_fit(learn, 2)
-    assert learn.sb.log.epoch.tolist() == [0, 1] and learn.sb.log.fp.tolist() == [0, 640]
-    assert learn.sb.counts == dict(candidates=1280, fp=640, bp=learn.sb.log.bp.sum())
+    log = learn.sb.log
+    assert log.fit.tolist() == [0, 0, 0, 1, 1] and log.epoch.tolist() == [0, 1, 2, 0, 1] and log.fp.tolist() == [0, 640, 640, 0, 640]
+    assert learn.sb.counts == dict(candidates=1280, fp=640, bp=log.bp[3:].sum())
 
 
 def test_fine_tune():
     learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop(**fresh(start=0))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(2, freeze_epochs=2)
-    assert learn.sb.log.fp.tolist() == [640, 640]
+    assert learn.sb.log.fp.tolist() == [640] * 4 and learn.sb.log.fit.tolist() == [0, 0, 1, 1]
 
 
 def test_progress_table_and_log(capsys):
@@ -78,7 +79,7 @@ def test_progress_table_and_log(capsys):
     rows = [eval(o) for o in capsys.readouterr().out.strip().splitlines()]
     assert learn.recorder.metric_names[-2] == "selected"
     assert [r[-2] for r in rows] == learn.sb.log.selected.tolist() and rows[0][-2] == 1.0
-    assert list(learn.sb.log.columns) == ["epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss",
+    assert list(learn.sb.log.columns) == ["fit", "epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss",
                                              "scoring_s", "training_s", "left", "top_share", "loads", "score_age", "loading_s"]
     assert (learn.sb.log.training_s > 0).all() and (learn.sb.log.scoring_s[1:] > 0).all() and learn.sb.log.scoring_s[0] == 0
 
@@ -130,7 +131,7 @@ def test_interrupt_and_go_on(n):
         order = 70
 
         def after_batch(self):
-            if self.training and self.train_iter == 25:
+            if self.training and self.train_iter >= 25:
                 raise KeyboardInterrupt
 
     learn = digits_learner().selective_backprop(**fresh(beta=1))
@@ -139,7 +140,7 @@ def test_interrupt_and_go_on(n):
             quiet_fit(learn, 3, cbs=Stop())
     assert len([m for m in learn.metrics if m.name == "selected"]) <= 1
     quiet_fit(learn, 2)
-    assert learn.sb.log.fp.tolist() == [0, 640] and len(learn.metrics) == 1
+    assert learn.sb.log.fp.tolist()[-2:] == [0, 640] and len(learn.metrics) == 1
     with pytest.raises(KeyboardInterrupt):
         quiet_fit(learn, 3, cbs=Stop())
     learn.remove_cb(SelectiveBackpropCallback)
@@ -172,7 +173,7 @@ def test_export_is_small_and_loads(tmp_path):
     with pytest.raises(ValueError, match="fit first"):
         loaded.sb.plot_selected()
     quiet_fit(learn, 2)  # and the exported one goes on
-    assert len(learn.sb.log) == 2
+    assert len(learn.sb.log) == 5
 
 
 def test_save_load_and_resume(tmp_path):

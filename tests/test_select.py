@@ -503,7 +503,7 @@ def test_weights_and_mixed_losses_do_not_go_together():
 def test_interrupt():
     learn = digits_learner().selective_backprop(**fresh(interrupt=4, start=0, batching="prune"))
     quiet_fit(learn, 2)
-    f = np.array(learn.sb.engine.fractions)
+    f = np.array(learn.sb.engine.record.points.y)
     assert len(f) == 40 and (f[3::4] == 1).all() and np.delete(f, np.arange(3, 40, 4)).max() < 1
     assert learn.sb.counts["fp"] == 1280 * 3 // 4
     for n in (0, 1, 1.5, True):
