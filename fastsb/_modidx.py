@@ -60,6 +60,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastsb.buffer.BatchBuffer._room': ('buffer.html#batchbuffer._room', 'fastsb/buffer.py'),
                                'fastsb.buffer.BatchBuffer._rows': ('buffer.html#batchbuffer._rows', 'fastsb/buffer.py'),
                                'fastsb.buffer.BatchBuffer._write': ('buffer.html#batchbuffer._write', 'fastsb/buffer.py'),
+                               'fastsb.buffer.BatchBuffer.check': ('buffer.html#batchbuffer.check', 'fastsb/buffer.py'),
                                'fastsb.buffer.BatchBuffer.check_state': ('buffer.html#batchbuffer.check_state', 'fastsb/buffer.py'),
                                'fastsb.buffer.BatchBuffer.clear': ('buffer.html#batchbuffer.clear', 'fastsb/buffer.py'),
                                'fastsb.buffer.BatchBuffer.load_state_dict': ('buffer.html#batchbuffer.load_state_dict', 'fastsb/buffer.py'),

@@ -210,6 +210,16 @@ class BatchBuffer:
     def __len__(self): return self.n
     def __repr__(self): return f"BatchBuffer(bs={self.bs}), {self.n} rows waiting"
 
+    def check(self,
+        batch, # Nested tuple/list/mapping/dataclass
+        at:str='', # Where it will stand in what is put
+    ):
+        "Raise `ValueError` if the rows of a saved state are others than those of `batch`, before anything is put"
+        if self._saved is None: return
+        new = {p: _look(c) for p,c in _walk(batch, _is_column(n_rows(batch)), at)}
+        old = {p: look for p,look in self._spec.items() if p.startswith(at)}
+        if new != old: raise ValueError(f"The buffer that was saved is of another training. {_difference(new, old)}.")
+
     def _check(self, spec):
         "Raise if rows that look like `spec` cannot stand beside those that wait"
         if not self.n or spec == self._spec: return
