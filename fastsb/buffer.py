@@ -225,8 +225,7 @@ class BatchBuffer:
         if not self.n or spec == self._spec: return
         what = _difference(spec, self._spec)
         if self._saved is not None: raise ValueError(f"The buffer that was saved is of another training. {what}.")
-        raise Misfit(f"{what}: they cannot be put together in one batch. "
-                     "Use batching='prune', which trains on what is kept of each batch by itself.")
+        raise Misfit(f"{what}: they cannot be put together in one batch.")
 
     def put(self,
         batch, # Nested tuple/list/mapping/dataclass

@@ -92,7 +92,7 @@ def _sizes(dl):
         raise ValueError(f"How many steps a fit over a {type(dl).__name__} takes is not known beforehand: let the schedule go by `progress`.")
     return [bs]*(n//bs) + ([] if dl.drop_last or not n % bs else [n % bs])
 
-# %% ../nbs/05_engine.ipynb #e0d4ea7c
+# %% ../nbs/05_engine.ipynb #79084c67
 class SelectiveBackprop:
     """Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762): yields rebuilt batches of the examples that still teach the model something.
 
@@ -312,7 +312,8 @@ class SelectiveBackprop:
 
     def _collect_no_more(self, why):
         "From now on train on what is kept of each batch; before that, on what waits (a single row goes on waiting)"
-        if _processes() > 1: raise why # another process may still collect, and take another number of steps
+        if _processes() > 1: # another one may still collect, and take another number of steps
+            raise ValueError(f"{why} Pass batching='prune', which trains on what is kept of each batch by itself.") from why
         warnings.warn(f"fastsb: what is kept of a batch is trained on by itself from now on, as with batching='prune'. {why}")
         self.batching = 'prune'
         if len(self.buffer) < 2: return []
