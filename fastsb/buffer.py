@@ -188,6 +188,11 @@ class _Pieces(list):
         if isinstance(like, np.ndarray): return np.concatenate([np.asarray(p) for p in self])
         return type(like)(chain.from_iterable(self))
 
+    def plain(self):
+        "All of them, as a tensor or a list of plain values"
+        if isinstance(self[0], Tensor): return self.joined(self[0])
+        return [*chain.from_iterable(p.tolist() if isinstance(p, np.ndarray) else p for p in self)]
+
 class _Hole:
     "The place of a column in a batch without rows"
     def __init__(self, column): self.like = _dress(torch.empty(0, device=column.device), column) if isinstance(column, Tensor) else column[:0]
@@ -210,13 +215,22 @@ class BatchBuffer:
     def __len__(self): return self.n
     def __repr__(self): return f"BatchBuffer(bs={self.bs}), {self.n} rows waiting"
 
+    def check(self,
+        batch, # Nested tuple/list/mapping/dataclass
+        at:str='', # Where it will stand in what is put
+    ):
+        "Raise `ValueError` if the rows of a saved state are others than those of `batch`, before anything is put"
+        if self._saved is None: return
+        new = {p: _look(c) for p,c in _walk(batch, _is_column(n_rows(batch)), at)}
+        old = {p: look for p,look in self._spec.items() if p.startswith(at)}
+        if new != old: raise ValueError(f"The buffer that was saved is of another training. {_difference(new, old)}.")
+
     def _check(self, spec):
         "Raise if rows that look like `spec` cannot stand beside those that wait"
         if not self.n or spec == self._spec: return
         what = _difference(spec, self._spec)
         if self._saved is not None: raise ValueError(f"The buffer that was saved is of another training. {what}.")
-        raise Misfit(f"{what}: they cannot be put together in one batch. "
-                     "Use batching='prune', which trains on what is kept of each batch by itself.")
+        raise Misfit(f"{what}: they cannot be put together in one batch.")
 
     def put(self,
         batch, # Nested tuple/list/mapping/dataclass
@@ -224,15 +238,18 @@ class BatchBuffer:
     ) -> list: # The batches that are full now, of the structure of `batch`
         "Take rows `idx` of `batch`. Raises `Misfit`, a `ValueError`, if they cannot stand beside those that wait; then all is as it was"
         n = n_rows(batch)
-        is_column = _is_column(n)
-        named = [*_walk(batch, is_column)]
+        named = [*_walk(batch, _is_column(n))]
+        if self.n: named = [(p,c) for p,c in named if isinstance(c, Tensor) or p in self._spec] # a list may have `n` things by chance
+        ids = {id(c) for _,c in named}
+        is_column = lambda o: id(o) in ids
         spec,columns = {p: _look(c) for p,c in named},[c for _,c in named]
         self._check(spec)
         k,done,pos = n if idx is None else len(idx),[],0
         if k: self._spec = self._seen = spec
-        if k and self.n: self._follow(columns)
+        if self.n: self._follow(columns)
+        if self._open is None or self._holes is None: self._holes = _map(_Hole, batch, is_column)
         while pos < k:
-            if self._open is None: self._open,self._holes = [self._room(c) for c in columns],_map(_Hole, batch, is_column)
+            if self._open is None: self._open = [self._room(c) for c in columns]
             m = min(self.bs-self.n, k-pos)
             self._write(columns, slice(pos, pos+m) if idx is None else idx if m == k else idx[pos:pos+m], m)
             pos += m
@@ -285,9 +302,7 @@ class BatchBuffer:
     def state_dict(self) -> dict: # Tensors and plain Python values, if what is no tensor in the batches is one
         "The rows that are waiting, and what they look like"
         if not self.n: return dict(bs=self.bs, rows=None, spec=None)
-        plain = lambda o: o.clone() if isinstance(o, Tensor) else o.joined(o[0] if isinstance(o[0], (Tensor,np.ndarray)) else [])
-        rows = [plain(o) if isinstance(o, (Tensor,_Pieces)) else o for o in self._rows()]
-        rows = [r.tolist() if isinstance(r, np.ndarray) else r for r in rows]
+        rows = [o.plain() if isinstance(o, _Pieces) else copy(o) if isinstance(o, list) else o.clone() for o in self._rows()]
         return dict(bs=self.bs, rows=rows, spec=[[p,*look] for p,look in self._spec.items()])
 
     def check_state(self,

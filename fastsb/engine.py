@@ -92,7 +92,7 @@ def _sizes(dl):
         raise ValueError(f"How many steps a fit over a {type(dl).__name__} takes is not known beforehand: let the schedule go by `progress`.")
     return [bs]*(n//bs) + ([] if dl.drop_last or not n % bs else [n % bs])
 
-# %% ../nbs/05_engine.ipynb #d10ffdd8
+# %% ../nbs/05_engine.ipynb #79084c67
 class SelectiveBackprop:
     """Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762): yields rebuilt batches of the examples that still teach the model something.
 
@@ -277,12 +277,12 @@ class SelectiveBackprop:
         self.checked = True
 
     def _weights(self, s, n):
-        "(k,) weights of what is kept of `n` candidates, for the mean over the kept; a paper's own, or what `rescale` asks for; or None"
+        "(n,) weight of each candidate if it is kept, for the mean over the kept: a paper's own, or what `rescale` asks for; or None"
         if not self.weighted: return None
-        if s.w is not None: return s.w
-        if self.rescale == 'sum': return torch.full_like(s.p[:1], len(s.idx)/n).expand(len(s.idx))
-        kept = len(s.idx) if self.batching == 'prune' else s.p.sum() # a pruned batch is divided by what it kept; full batches even that out
-        return kept/n/s.p.gather(0, s.idx)
+        if s.w is not None: return torch.zeros_like(s.p).scatter(0, s.idx, s.w)
+        if self.rescale == 'sum': return torch.full_like(s.p, len(s.idx)/n)
+        kept = len(s.idx) if self.batching == 'prune' else s.p.sum() # a pruned batch is divided by what it kept; full ones even that out
+        return kept/n/s.p
 
     def _choose(self, losses, pred, yb, items):
         "The selection from candidates of these scores, which are remembered"
@@ -299,13 +299,14 @@ class SelectiveBackprop:
     def _collect(self, batch, s, n):
         "The batches that are full when what was selected has joined what waits"
         idx,w = s.idx,self._weights(s, n)
-        if w is not None: return self.buffer.put((batch, torch.zeros_like(s.p).scatter(0, idx, w)), idx)
+        if w is not None: return self.buffer.put((batch,w), idx)
         all_of_it = len(idx) == n == self.buffer.bs and not len(self.buffer)
         return [(b,None) for b in ([batch] if all_of_it else self.buffer.put(batch, idx))]
 
     def _prune(self, batch, s, n):
         "What was selected, as a batch; BatchNorm cannot train on one row: the likeliest other one joins it, with weight 0 if there are weights"
         idx,w = s.idx,self._weights(s, n)
+        if w is not None: w = w.gather(0, idx)
         if len(idx) == 1 < n:
             idx = torch.cat([idx, s.p.scatter(0, idx, -1.).argmax(0, keepdim=True)])
             if w is not None: w = torch.cat([2*w, torch.zeros_like(w)])
@@ -313,7 +314,8 @@ class SelectiveBackprop:
 
     def _collect_no_more(self, why):
         "From now on train on what is kept of each batch; before that, on what waits (a single row goes on waiting)"
-        if _processes() > 1: raise why # another process may still collect, and take another number of steps
+        if _processes() > 1: # another one may still collect, and take another number of steps
+            raise ValueError(f"{why} Pass batching='prune', which trains on what is kept of each batch by itself.") from why
         warnings.warn(f"fastsb: what is kept of a batch is trained on by itself from now on, as with batching='prune'. {why}")
         self.batching = 'prune'
         if len(self.buffer) < 2: return []
@@ -330,6 +332,7 @@ class SelectiveBackprop:
         n = n_rows(batch)
         if not n: return []
         if not self.checked: self.check_first(batch)
+        if self.batching == 'accumulate': self.buffer.check(batch, '[0]' if self.weighted else '')
         never,since = self.selector.keep == 1,self._since
         self.whole = never or not select or not self.selector.active
         if not self.whole and self.interrupt:
@@ -392,7 +395,8 @@ class SelectiveBackprop:
     def _items(self, batch):
         "(B,) the items' indices in `batch`, or None"
         if self._items_at is None: return None
-        items = torch.as_tensor(_entry(batch, self._items_at), device=self.device).as_subclass(Tensor)
+        items = _entry(batch, self._items_at)
+        items = (items if isinstance(items, Tensor) else torch.tensor(items)).as_subclass(Tensor).to(self.device, non_blocking=True)
         if items.is_floating_point() or items.numel() != n_rows(batch):
             raise ValueError(f"items={self._items_at!r}: that entry must be a whole number for each of the {n_rows(batch)} examples, "
                              f"not a {items.dtype} tensor of shape {tuple(items.shape)}.")
@@ -407,11 +411,12 @@ class SelectiveBackprop:
         device = self.device
         move = lambda t: t.to(device, non_blocking=device.type != 'cpu')
         try:
-            for self.done,batch in self._loaded(dl):
+            for done,batch in self._loaded(dl):
+                self.done = done
                 if self.epochs is not None: self.selector.at(self.progress)
                 batch = rebuild(batch, (move(t) for _,t in leaves(batch)))
-                for b,self.weights in self.offer(batch, self.selecting(), items=self._items(batch)):
-                    self._row_items = self._items(b)
+                for b,w in self.offer(batch, self.selecting(), items=self._items(batch)):
+                    self.weights,self._row_items = w,self._items(b)
                     self.clock.start('training', device)
                     yield b
                     self.clock.stop('training')

@@ -110,7 +110,7 @@ def _checked(res, forward):
     raise TypeError(f"forward={getattr(forward, '__name__', forward)} must return (prediction, targets), with the targets in a tuple: "
                     f"(pred, (y,)). It gave {kinds}.")
 
-def _to_plain(o): return rebuild(o, (t.as_subclass(Tensor) for _,t in leaves(o)))
+def _to_plain(o): return rebuild(o, (t if type(t) is Tensor else t.as_subclass(Tensor) for _,t in leaves(o)))
 
 def _to_float(o):
     if isinstance(o, Tensor): return o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
@@ -295,7 +295,7 @@ class Proxy(Scorer):
         "Bring the network, and what its optimiser remembers, to `device`"
         if _device(self.model) == device: return
         self.model.to(device)
-        if self.opt is not None: self.opt.load_state_dict(self.opt.state_dict()) # which puts each tensor beside its parameter
+        if self.opt is not None: self.opt = self._optimizer(self.opt.state_dict())
 
     def __call__(self, batch, model, loss_func, **how):
         self._to(_device(model))
@@ -318,7 +318,11 @@ class Proxy(Scorer):
         self.opt.step()
         self.opt.zero_grad()
 
-    def _optimizer(self): return self.opt_func([p for p in self.model.parameters() if p.requires_grad])
+    def _optimizer(self, state=None):
+        "An optimiser of the proxy's parameters; one that goes on from `state` puts each of its tensors beside the parameter"
+        opt = self.opt_func([p for p in self.model.parameters() if p.requires_grad])
+        if state is not None: opt.load_state_dict(state)
+        return opt
 
     def state_dict(self) -> dict: # Tensors and plain Python values only
         "Weights, the optimiser's state, and how long ago the last step was"
@@ -339,7 +343,7 @@ class Proxy(Scorer):
             k = next(k for k in sorted({*new,*own}) if new.get(k) != own.get(k))
             raise ValueError(f"The saved proxy is another network than {type(self.model).__name__}: it has {k} of shape {new.get(k)}, this one {own.get(k)}.")
         if state['opt'] is not None:
-            try: self._optimizer().load_state_dict(state['opt'])
+            try: self._optimizer(state['opt'])
             except Exception as e: raise ValueError(f"The saved proxy's optimiser is another than that of score={self}: {e}") from e
 
     def load_state_dict(self,
@@ -348,10 +352,8 @@ class Proxy(Scorer):
         "Go on from `state`; raises as `check_state` does, changing nothing. On which device it was does not matter"
         super().load_state_dict(state)
         self.model.load_state_dict(state['model'])
-        self._since,self.opt = state['since'],None
-        if state['opt'] is not None:
-            self.opt = self._optimizer()
-            self.opt.load_state_dict(state['opt'])
+        self._since = state['since']
+        self.opt = None if state['opt'] is None else self._optimizer(state['opt'])
 
     def _args(self): return [type(self.model).__name__,f'every={self.every}',*super()._args()]
     def __getstate__(self): return {**super().__getstate__(), 'opt': None} # an exported learner stays small
