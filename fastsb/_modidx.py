@@ -112,6 +112,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback._detach': ( 'callback.html#selectivebackpropcallback._detach',
                                                                                         'fastsb/callback.py'),
+                                 'fastsb.callback.SelectiveBackpropCallback._draw_on': ( 'callback.html#selectivebackpropcallback._draw_on',
+                                                                                         'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback._end_epoch': ( 'callback.html#selectivebackpropcallback._end_epoch',
                                                                                            'fastsb/callback.py'),
                                  'fastsb.callback.SelectiveBackpropCallback._file': ( 'callback.html#selectivebackpropcallback._file',

@@ -46,7 +46,7 @@ class _Metrics(L):
     "A learner's metrics with the column `selected`, which does not go with an export"
     def __reduce__(self): return L,([m for m in self if m.name != 'selected'],)
 
-# %% ../nbs/11_callback.ipynb #e5c00f27
+# %% ../nbs/11_callback.ipynb #2fcf595f
 class SelectiveBackpropCallback(Callback):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762) and its kin.
 
@@ -264,10 +264,15 @@ class SelectiveBackpropCallback(Callback):
         "Decide, where something is remembered, which items this epoch loads"
         self.record.epoch = self.learn.epoch
         self._follow()
-        if self._rng is not None: set_random_state(self._rng, self._loader_rng())
-        self._rng = None
+        if self._rng is not None: self._draw_on()
         self.plan = 'now' if self.sampler is None else self._plan_epoch()
         self.record.clock.start('loading')
+
+    def _draw_on(self):
+        "Draw from where the saved fit stood; a loader makes an item when it is first asked for `n_inp`, so that is done before"
+        getattr(self.dls, 'n_inp', None)
+        set_random_state(self._rng, self._loader_rng())
+        self._rng = None
 
     def _follow(self):
         "Has somebody given the learner another loader? Then go by that; where its items are others, nothing is remembered of them yet"
