@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastsb.buffer._Hole.__init__': ('buffer.html#_hole.__init__', 'fastsb/buffer.py'),
                                'fastsb.buffer._Pieces': ('buffer.html#_pieces', 'fastsb/buffer.py'),
                                'fastsb.buffer._Pieces.joined': ('buffer.html#_pieces.joined', 'fastsb/buffer.py'),
+                               'fastsb.buffer._Pieces.plain': ('buffer.html#_pieces.plain', 'fastsb/buffer.py'),
                                'fastsb.buffer._Rows': ('buffer.html#_rows', 'fastsb/buffer.py'),
                                'fastsb.buffer._Rows.__init__': ('buffer.html#_rows.__init__', 'fastsb/buffer.py'),
                                'fastsb.buffer._Rows.host': ('buffer.html#_rows.host', 'fastsb/buffer.py'),
