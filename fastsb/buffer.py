@@ -41,8 +41,8 @@ def _check_leaf(o, path):
     "Raise `TypeError` if what is neither tensor nor container hides tensors, whose rows would not be selected along"
     hidden = () if isinstance(o, (type,nn.Module)) else getattr(o, '__dict__', {}).values()
     if any(isinstance(v, Tensor) and v.dim() for v in hidden):
-        raise TypeError(f"batch{path} is a {type(o).__name__}, whose tensors cannot be told apart by rows: a batch must "
-                        "be tensors whose first dimension is the example, in tuples, lists, dicts or dataclasses.")
+        raise TypeError(f"batch{path} is a {type(o).__name__}, whose tensors cannot be told apart by rows: a batch "
+                        "must be tensors whose first dimension is the example, in tuples, lists, dicts or dataclasses.")
 
 _atoms = str,bytes,int,float,bool,type(None)
 

@@ -1,4 +1,4 @@
-"The engine in loops of one's own: what costs nothing, what does not grow, what is told at once, and what processes must agree on."
+"The engine in loops of one's own: what costs nothing, what does not grow, what is told at once, and processes."
 import random
 import warnings
 
@@ -22,9 +22,9 @@ def engine(bs=32, model=None, **kwargs):
     return SelectiveBackprop(model or digits_model(), nn.CrossEntropyLoss(), bs, **{"start": 0, **kwargs})
 
 
-# what it costs ------------------------------------------------------------------------------------------------------------
+# what it costs -------------------------------------------------------------------------------------
 def test_record_and_buffer_cost_a_batch_four_operations():
-    "Besides the history and the selector: two passes over rows (inputs, targets), and one copy of a loss a step; nothing to add up"
+    "Besides history and selector: two passes over rows (inputs, targets), one copy of a loss a step; nothing to add up"
     x, y = digits(64)
     sb = engine(64)
     for _ in range(4):
@@ -106,7 +106,7 @@ def test_the_record_is_that_of_all_batches():
     assert row["top_share"] == pytest.approx(top / np.sum(losses), rel=1e-5)
 
 
-# scoring ------------------------------------------------------------------------------------------------------------------
+# scoring -------------------------------------------------------------------------------------------
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -154,7 +154,8 @@ def test_scripted_modules_keep_their_flags():
         model = torch.jit.script(nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.5)))
     x, y = digits(32)
     sb = engine(model=model)
-    assert torch.equal(sb.score((x, y)), sb.score((x, y))) and model.training and all(m.training for m in model.modules())
+    assert torch.equal(sb.score((x, y)), sb.score((x, y)))
+    assert model.training and all(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
@@ -184,7 +185,9 @@ def test_draws_on_any_device_leave_no_trace(kind, monkeypatch):
 
 def test_a_first_batch_that_is_tried_compiles_nothing():
     "Two rows would give a compiled model dynamic shapes for good"
-    for compiled in (lambda m, c: torch.compile(m, backend=c), lambda m, c: nn.Sequential(torch.compile(m, backend=c), nn.Identity())):
+    whole = lambda m, c: torch.compile(m, backend=c)
+    part = lambda m, c: nn.Sequential(torch.compile(m, backend=c), nn.Identity())
+    for compiled in (whole, part):
         torch._dynamo.reset()
         counter = CompileCounter()
         x, y = digits(64)
@@ -220,7 +223,8 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("kw,words", [
-    (dict(loss_func=lambda p, y: nn.functional.cross_entropy(p, y)), "per_item="), (dict(forward=lambda m, b: (m(b[0]), b[1])), "targets in a tuple"),
+    (dict(loss_func=lambda p, y: nn.functional.cross_entropy(p, y)), "per_item="),
+    (dict(forward=lambda m, b: (m(b[0]), b[1])), "targets in a tuple"),
     (dict(forward=lambda m, b: m(b[0])), "targets in a tuple"), (dict(loss_func=Fixed()), "reduction"),
     (dict(model=nn.Linear(3, 10)), "cannot score these batches"),
 ], ids=["unsplit", "no tuple", "no targets", "no setter", "other model"])
@@ -242,7 +246,7 @@ def test_batches_of_one_row():
         assert sum(len(b[1]) for b in sb.batches(DataLoader(TensorDataset(x, y), 1))) == 6
 
 
-# processes ----------------------------------------------------------------------------------------------------------------
+# processes -----------------------------------------------------------------------------------------
 @pytest.fixture
 def two_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -251,8 +255,9 @@ def two_processes(monkeypatch):
 
 @pytest.mark.parametrize("how", ["offer", "batches"])
 @pytest.mark.parametrize("kw,fine", [
-    (dict(), True), (dict(beta=0, exact=False), True), (dict(selector=TopK(0.5)), True), (dict(exact=False), False), (dict(selector=GradNorm()), False),
-    (dict(selector=InfoBatch()), False), (dict(selector=LossShare()), False)], ids=str)
+    (dict(), True), (dict(beta=0, exact=False), True), (dict(selector=TopK(0.5)), True),
+    (dict(exact=False), False), (dict(selector=GradNorm()), False), (dict(selector=InfoBatch()), False),
+    (dict(selector=LossShare()), False)], ids=str)
 def test_counts_that_differ_from_rank_to_rank_are_refused(how, kw, fine, two_processes):
     batch = digits(32)
     sb = engine(**kw)
@@ -276,10 +281,11 @@ def test_no_process_prunes_by_itself(two_processes):
     assert sb.batching == "accumulate" and len(sb.buffer) == 4
 
 
-# arguments ----------------------------------------------------------------------------------------------------------------
+# arguments -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kw,words", [
-    (dict(epochs=0), "epochs=0"), (dict(epochs=1.5), "epochs=1.5"), (dict(n_items=0), "n_items=0"), (dict(record=[]), "record="), (dict(start=0.1), "epochs="),
-    (dict(start=0.5, end=0.4, epochs=9), "end=0.4"), (dict(start=-1), "start=-1"), (dict(interrupt=1), "interrupt=1"), (dict(rescale="max"), "rescale='max'"),
+    (dict(epochs=0), "epochs=0"), (dict(epochs=1.5), "epochs=1.5"), (dict(n_items=0), "n_items=0"),
+    (dict(record=[]), "record="), (dict(start=0.1), "epochs="), (dict(start=0.5, end=0.4, epochs=9), "end=0.4"),
+    (dict(start=-1), "start=-1"), (dict(interrupt=1), "interrupt=1"), (dict(rescale="max"), "rescale='max'"),
     (dict(forward=3), "forward=3"), (dict(loss_func=None), "loss_func=None"), (dict(model=3), "model=3")], ids=str)
 def test_wrong_arguments(kw, words):
     with pytest.raises((TypeError, ValueError), match=words):
@@ -289,7 +295,9 @@ def test_wrong_arguments(kw, words):
 def test_a_choice_checks_itself():
     c = Choice(beta=3, exact=False, seed=1, rescale="sum")
     assert isinstance(c.selector, Percentile) and c.weighted and c.selector.beta == 3 and c.scorer.own
-    for kw in (dict(selector=TopK(0.5), beta=2), dict(selector=GradNorm(), rescale="sum"), dict(selector=GradNorm(), score=lambda m, b: b[1])):
+    function = lambda m, b: b[1]
+    weighs = dict(selector=GradNorm())
+    for kw in (dict(selector=TopK(0.5), beta=2), dict(weighs, rescale="sum"), dict(weighs, score=function)):
         with pytest.raises(ValueError):
             Choice(**kw)
 
@@ -305,7 +313,7 @@ def test_shares_of_the_fit():
     assert sb.log[0]["fp"] == 96  # begins within the epoch
 
 
-# moves --------------------------------------------------------------------------------------------------------------------
+# moves ---------------------------------------------------------------------------------------------
 def test_a_proxy_that_is_moved_brings_its_optimiser_along(monkeypatch):
     "Its optimiser goes on from the same state, beside the parameters where they are now"
     x, y = digits(32)
@@ -316,7 +324,8 @@ def test_a_proxy_that_is_moved_brings_its_optimiser_along(monkeypatch):
     steps = proxy.opt.state_dict()["state"][0]["step"]
     monkeypatch.setattr(proxy.model, "to", lambda device: proxy.model.double())
     proxy._to(torch.device("meta"))
-    assert proxy.opt.state_dict()["state"][0]["step"] == steps and proxy.opt.state_dict()["state"][0]["exp_avg"].dtype == torch.float64
+    state = proxy.opt.state_dict()["state"][0]
+    assert state["step"] == steps and state["exp_avg"].dtype == torch.float64
 
 
 def test_rows_of_a_saved_buffer_follow_to_where_the_next_ones_are():
