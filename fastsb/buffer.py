@@ -41,8 +41,8 @@ def _check_leaf(o, path):
     "Raise `TypeError` if what is neither tensor nor container hides tensors, whose rows would not be selected along"
     hidden = () if isinstance(o, (type,nn.Module)) else getattr(o, '__dict__', {}).values()
     if any(isinstance(v, Tensor) and v.dim() for v in hidden):
-        raise TypeError(f"batch{path} is a {type(o).__name__}, whose tensors cannot be told apart by rows: a batch must be tensors whose first dimension is "
-                        "the example, nested in tuples, lists, dicts or dataclasses.")
+        raise TypeError(f"batch{path} is a {type(o).__name__}, whose tensors cannot be told apart by rows: a batch "
+                        "must be tensors whose first dimension is the example, in tuples, lists, dicts or dataclasses.")
 
 _atoms = str,bytes,int,float,bool,type(None)
 
@@ -86,7 +86,8 @@ def n_rows(
         elif len(t) != first[1]:
             raise ValueError(f"batch{first[0]} has {first[1]} rows but batch{path} has {len(t)}: "
                              "the first dimension of every tensor must be the example.")
-    if first is None: raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor whose first dimension is the example.")
+    if first is None:
+        raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor whose first dimension is the example.")
     return first[1]
 
 def _is_rows(o, n):
@@ -110,7 +111,8 @@ def _dress(t, like):
     return t
 
 def _order(t):
-    "The dimensions of `t` in the order in which its rows lie in memory; None if that is the usual one, or if they lie there with gaps"
+    """The dimensions of `t` in the order in which its rows lie in memory;
+    None if that is the usual one, or if they lie there with gaps"""
     if t.is_contiguous() and 1 not in t.shape[1:]: return None
     dims = sorted(range(1, t.dim()), key=lambda d: -t.stride(d))
     size = 1
@@ -133,7 +135,8 @@ def _copy_rows(src, idx, dst):
 
 def _take_rows(t, idx):
     "Rows `idx` of a tensor, in memory as they were"
-    if t.layout is not torch.strided: return t.index_select(0, torch.arange(len(t), device=t.device)[idx] if isinstance(idx, slice) else idx)
+    if t.layout is not torch.strided:
+        return t.index_select(0, torch.arange(len(t), device=t.device)[idx] if isinstance(idx, slice) else idx)
     if isinstance(idx, slice): return t[idx]
     rows = _empty_rows(t, len(idx)) if len(t) else t[:0]
     _copy_rows(t, idx, rows)
@@ -176,12 +179,15 @@ def _difference(new, old):
     "In what rows that look like `new` differ from those that look like `old`"
     if new.keys() != old.keys(): return f"Batches must all have one structure: had {list(old)}, now {list(new)}"
     path = next(p for p in new if new[p] != old[p])
-    what,i = ('type',1) if None in (new[path][0],old[path][0]) else ('shape',0) if new[path][0] != old[path][0] else ('dtype',1)
-    show = lambda look: f'{tuple(look[0])}' if i == 0 else look[1]
-    return f"Rows of batch{path} have {what} {show(new[path])}, those before had {show(old[path])}"
+    (shape,kind),(old_shape,old_kind) = new[path],old[path]
+    if None in (shape,old_shape): what,now,before = 'type',kind,old_kind
+    elif shape != old_shape: what,now,before = 'shape',tuple(shape),tuple(old_shape)
+    else: what,now,before = 'dtype',kind,old_kind
+    return f"Rows of batch{path} have {what} {now}, those before had {before}"
 
 class _Pieces(list):
-    "Rows that cannot be written to a place, such as names of files: pieces of a column, which are joined when they are enough"
+    """Rows that cannot be written to a place, such as names of files:
+    pieces of a column, which are joined when they are enough"""
     def joined(self, like):
         "All of them, as `like` is"
         if isinstance(like, Tensor): return _dress(torch.cat([_bare(p).to(like.device) for p in self]), like)
@@ -195,7 +201,9 @@ class _Pieces(list):
 
 class _Hole:
     "The place of a column in a batch without rows"
-    def __init__(self, column): self.like = _dress(torch.empty(0, device=column.device), column) if isinstance(column, Tensor) else column[:0]
+    def __init__(self, column):
+        if isinstance(column, Tensor): self.like = _dress(torch.empty(0, device=column.device), column)
+        else: self.like = column[:0]
 
 class BatchBuffer:
     "Collects rows of batches, first in first out, and hands them back in batches of exactly `bs` rows"
@@ -209,7 +217,7 @@ class BatchBuffer:
     def clear(self):
         "Forget the rows that are waiting"
         self.n,self._spec = 0,None           # rows waiting, what they look like: {path: (shape, type)}
-        self._open = self._holes = None      # the columns that they are in, and a batch with holes in the place of columns
+        self._open = self._holes = None      # the columns that they are in, a batch with holes in the place of columns
         self._saved = None                   # or the columns of a saved state, until the next rows come
 
     def __len__(self): return self.n
@@ -236,10 +244,12 @@ class BatchBuffer:
         batch, # Nested tuple/list/mapping/dataclass
         idx:Tensor|None=None, # (k,) long: the rows to take, on the device of the batch; None: all
     ) -> list: # The batches that are full now, of the structure of `batch`
-        "Take rows `idx` of `batch`. Raises `Misfit`, a `ValueError`, if they cannot stand beside those that wait; then all is as it was"
+        """Take rows `idx` of `batch`. Raises `Misfit`, a `ValueError`, if they cannot stand beside those that wait;
+        then all is as it was"""
         n = n_rows(batch)
         named = [*_walk(batch, _is_column(n))]
-        if self.n: named = [(p,c) for p,c in named if isinstance(c, Tensor) or p in self._spec] # a list may have `n` things by chance
+        if self.n: # a list may have `n` things by chance
+            named = [(p,c) for p,c in named if isinstance(c, Tensor) or p in self._spec]
         ids = {id(c) for _,c in named}
         is_column = lambda o: id(o) in ids
         spec,columns = {p: _look(c) for p,c in named},[c for _,c in named]
@@ -283,7 +293,8 @@ class BatchBuffer:
         return [o if isinstance(o, _Pieces) else o[:self.n] for o in self._open]
 
     def _follow(self, columns):
-        "Bring the rows that wait to where `columns` are, if they are from a saved state or from before the model was moved"
+        """Bring the rows that wait to where `columns` are,
+        if they are from a saved state or from before the model was moved"""
         moved = self._saved is not None or any(_dense(c) and c.device != o.device for c,o in zip(columns, self._open))
         if not moved: return
         rows,self._open = self._rows(),[self._room(c) for c in columns]
@@ -302,19 +313,24 @@ class BatchBuffer:
     def state_dict(self) -> dict: # Tensors and plain Python values, if what is no tensor in the batches is one
         "The rows that are waiting, and what they look like"
         if not self.n: return dict(bs=self.bs, rows=None, spec=None)
-        rows = [o.plain() if isinstance(o, _Pieces) else copy(o) if isinstance(o, list) else o.clone() for o in self._rows()]
+        plain = lambda o: o.plain() if isinstance(o, _Pieces) else o.clone() if isinstance(o, Tensor) else [*o]
+        rows = [plain(o) for o in self._rows()]
         return dict(bs=self.bs, rows=rows, spec=[[p,*look] for p,look in self._spec.items()])
 
     def check_state(self,
         state:dict, # From `state_dict`
     ):
-        "Raise `ValueError` if `state` is none of a buffer of this size, or if its rows look different from those that this one has seen"
-        if not isinstance(state, dict) or set(state) != {'bs','rows','spec'}: raise ValueError("The saved state is not of a BatchBuffer.")
+        """Raise `ValueError` if `state` is none of a buffer of this size,
+        or if its rows look different from those that this one has seen"""
+        if not isinstance(state, dict) or set(state) != {'bs','rows','spec'}:
+            raise ValueError("The saved state is not of a BatchBuffer.")
         rows,spec,bs = state['rows'],state['spec'],state['bs']
-        if bs != self.bs: raise ValueError(f"The saved buffer makes batches of {bs} rows, this one of {self.bs}: pass bs={bs}.")
+        if bs != self.bs:
+            raise ValueError(f"The saved buffer makes batches of {bs} rows, this one of {self.bs}: pass bs={bs}.")
         if rows is None: return
         if len(rows) != len(spec) or len({len(r) for r in rows}) != 1 or not 0 < len(rows[0]) < bs:
-            raise ValueError(f"The saved buffer must hold columns of one length, less than {bs}, but has {[len(r) for r in rows]} rows.")
+            raise ValueError(f"The saved buffer must hold columns of one length, less than {bs}, but has "
+                             f"{[len(r) for r in rows]} rows.")
         if wrong := [p for (p,*look),r in zip(spec, rows) if isinstance(r, Tensor) and list(_look(r)) != look]:
             raise ValueError(f"The saved buffer's rows of batch{wrong[0]} are not what it says they are.")
         saved = self._from(spec)

@@ -54,7 +54,8 @@ class Choice:
         if sel.needs_pred and not scorer.predicts:
             raise ValueError(f"score={scorer}: {sel} needs predictions, which a function's scores come without.")
         if scorer.remembers and not sel.by_loss:
-            raise ValueError(f"score={scorer} compares losses with remembered ones, but {sel} does not choose by loss: use TopK or beta=.")
+            raise ValueError(f"score={scorer} compares losses with remembered ones, but {sel} does not choose by loss: "
+                             "use TopK or beta=.")
         if sel.weighted and self.rescale != 'mean':
             raise ValueError(f"rescale={self.rescale!r}: {sel} weighs what it keeps itself; leave rescale='mean'.")
 
@@ -65,7 +66,10 @@ def fixed_count(
     return selector.keep == 1 or selector.exact and not selector.weighted # GradNorm's gate opens by itself
 
 # %% ../nbs/05_engine.ipynb #76e0269e
-def _processes(): return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+def _processes():
+    "How many processes train together"
+    d = torch.distributed
+    return d.get_world_size() if d.is_available() and d.is_initialized() else 1
 
 def _entry(batch, at):
     "The entry of `batch` with the key, index or name `at`"
@@ -89,14 +93,16 @@ def _sizes(dl):
     if isinstance(dl, (list,tuple)): return [n_rows(b) for b in dl if b is not None]
     bs,n = getattr(dl, 'batch_size', None),_sized(getattr(dl, 'sampler', None))
     if bs is None or n is None:
-        raise ValueError(f"How many steps a fit over a {type(dl).__name__} takes is not known beforehand: let the schedule go by `progress`.")
+        raise ValueError(f"How many steps a fit over a {type(dl).__name__} takes is not known beforehand: let the "
+                         "schedule go by `progress`.")
     return [bs]*(n//bs) + ([] if dl.drop_last or not n % bs else [n % bs])
 
 # %% ../nbs/05_engine.ipynb #79084c67
 class SelectiveBackprop:
-    """Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762): yields rebuilt batches of the examples that still teach the model something.
+    """Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762): batches of the examples that still teach something.
 
-    `for xb,yb in sb.batches(train_dl): loss_func(model(xb), yb).backward(); opt.step(); opt.zero_grad()`, one call of `batches` an epoch."""
+    `for xb,yb in sb.batches(train_dl): loss_func(model(xb), yb).backward(); opt.step(); opt.zero_grad()`,
+    one call of `batches` an epoch."""
     def __init__(self,
         model:nn.Module, # The model in training
         loss_func, # Its loss, as `per_item_loss` takes it
@@ -105,16 +111,16 @@ class SelectiveBackprop:
         history:int=1024, # How many recent losses a percentile is taken over
         start:int|float=1, # Epochs that train on everything before selection begins; a float is a share of `epochs`
         end:int|float|None=None, # Epoch from which everything is trained on again, or a share; None: never
-        exact:bool=True, # Keep exactly round(B/(beta+1)) of `B` candidates, so that the host never waits; False: draw each, as the paper
-        batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each batch, two at least if any
+        exact:bool=True, # Keep exactly round(B/(beta+1)) of `B` candidates; False: draw each, as the paper, and wait
+        batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each, two at least
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed
         selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`
-        rescale:str='mean', # 'mean' of what is kept; 'sum' over kept/candidates; 'inverse' to the probability, unbiased. See `weights`
+        rescale:str='mean', # 'mean' of kept losses; 'sum' over kept/candidates; 'inverse' to their probability
         interrupt:int|None=None, # Train every `interrupt`-th batch of candidates whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split
         forward=None, # Callable `(model, batch) -> (pred, targets)`, for batches that are not (inputs, target)
         autocast:torch.autocast|None=None, # Score under this, if your loop enters it only around its own forward pass
-        score='model', # 'model', a `Scorer` (a cheaper pass), a `Proxy` (a smaller network), or a callable `(model, batch) -> (B,)`
+        score='model', # 'model', a `Scorer` (cheaper), a `Proxy` (smaller), or a callable `(model, batch) -> (B,)`
         epochs:int|None=None, # Epochs of the fit, if `progress`, `steps` or shares of it are to be known
         n_items:int|None=None, # Items of the data set, for `Doubtful`; None: as many as the loader's `dataset`
         record:Record|None=None, # Write into this one; None: into one of its own
@@ -124,21 +130,25 @@ class SelectiveBackprop:
         check_callable('forward', forward, why=', (model, batch) -> (prediction, targets)')
         check_int('epochs', epochs, 1, none=True, why=': the length of the fit')
         check_int('n_items', n_items, 1, none=True)
-        if record is not None and not isinstance(record, Record): raise TypeError(f"record={record!r} must be a fastsb Record or None.")
+        if record is not None and not isinstance(record, Record):
+            raise TypeError(f"record={record!r} must be a fastsb Record or None.")
         self.window = Window(start, end)
         if self.window.by_share and epochs is None:
-            raise ValueError(f"{self.window}: a float is a share of the fit, so its length must be known. Pass epochs=, or whole epochs.")
+            raise ValueError(f"{self.window}: a float is a share of the fit, so its length must be known. Pass "
+                             "epochs=, or whole epochs.")
         choice = Choice(beta, exact, seed, selector, batching, rescale, interrupt, per_item, score)
         vars(self).update(vars(choice)) # selector, scorer, batching, rescale, interrupt, per_item, weighted
         if self.selector.keep != 1: self.selector.check(loss_func)
-        self.model,self.loss_func,self.forward,self.autocast,self.n_inp = model,loss_func,forward or model_batch,autocast,None
-        self.history,self.buffer,self.record = LossHistory(history),BatchBuffer(bs),Record() if record is None else record
+        self.model,self.loss_func,self.forward,self.autocast = model,loss_func,forward or model_batch,autocast
+        self.history,self.buffer = LossHistory(history),BatchBuffer(bs)
+        self.record = Record() if record is None else record
         self.epochs,self.n_items,self.memory = epochs,n_items,None
+        self.n_inp = None        # entries of a batch that are inputs; None: all but the last
         self.done = 0.           # share of the epoch that is done
         self.whole = True        # is the batch at hand trained whole?
         self.weights = None      # of the rows of the batch that is trained on
-        self.scores = None       # (B,) what the selector judges the candidates by; None if that would have to be computed and
-        self.keep_scores = False # nobody wants it
+        self.scores = None       # (B,) what the selector judges candidates by; None if that would have to be computed,
+        self.keep_scores = False # and nobody wants it
         self.checked = False     # has a first batch been tried?
         self._since,self._items_at,self._row_items,self._said = 0,None,None,False
 
@@ -171,8 +181,11 @@ class SelectiveBackprop:
 
     @property
     def progress(self) -> float:
-        "The share of the fit that is done, in [0,1], for schedules: of candidates, as every batch of them takes its time"
-        if self.epochs is None: raise ValueError("How much of the fit is done is known only if its length is: pass epochs= to SelectiveBackprop.")
+        """The share of the fit that is done, in [0,1], for schedules:
+        of candidates, as every batch of them takes its time"""
+        if self.epochs is None:
+            raise ValueError("How much of the fit is done is known only if its length is: pass epochs= to "
+                             "SelectiveBackprop.")
         return min((self.epoch+self.done)/self.epochs, 1.)
 
     def selecting(self) -> bool:
@@ -182,11 +195,14 @@ class SelectiveBackprop:
     def steps(self,
         dl, # A `DataLoader`, or a list of batches
     ) -> int:
-        "How many steps the fit of `epochs` epochs takes, for schedules that must know. `ValueError` where the losses or the draws decide"
-        if self.epochs is None: raise ValueError("The number of steps depends on the length of the fit: pass epochs= to SelectiveBackprop.")
+        """How many steps the fit of `epochs` epochs takes, for schedules that must know.
+        `ValueError` where the losses or the draws decide"""
+        if self.epochs is None:
+            raise ValueError("The number of steps depends on the length of the fit: pass epochs= to SelectiveBackprop.")
         s,sizes,bs = self.selector,_sizes(dl),self.buffer.bs
         if not fixed_count(s):
-            raise ValueError(f"{s} does not always keep the same number of examples: let the schedule go by `progress`, or choose another selector.")
+            raise ValueError(f"{s} does not always keep the same number of examples: let the schedule go by "
+                             "`progress`, or choose another selector.")
         steps = waiting = since = 0
         for epoch in range(self.epochs):
             for i,n in enumerate(sizes):
@@ -210,11 +226,10 @@ class SelectiveBackprop:
     def observe(self,
         pred, # The model's output for a batch that was trained on
         *yb, # Its targets
-        fill:bool|None=None, # Are these losses of all candidates? (Not if MixUp has mixed them.) None: if the batch is whole
+        fill:bool|None=None, # Are these losses of all candidates? (Not if MixUp has mixed them.) None: of a whole batch
     ) -> Tensor: # (B,) what the selector judges these examples by: their losses, or its own measure
-        """Note the losses that training has produced: before selection begins they fill the history for nothing, and `Doubtful` remembers them.
-
-        Optional in a loop of your own"""
+        """Note the losses that training has produced: before selection begins they fill the history for nothing,
+        and `Doubtful` remembers them. Optional in a loop of your own"""
         known = dict(loss_func=self.loss_func, pred=pred, yb=yb)
         with torch.no_grad():
             losses = per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
@@ -222,7 +237,8 @@ class SelectiveBackprop:
                 self.fill(losses, rank=self.scorer.own)
                 self.selector.observe(losses, **known)
             scores = self.selector.measure(losses, **known)
-            if self.memory is not None and self._row_items is not None: self.memory.update(self._row_items, scores, epoch=self.epoch)
+            if self.memory is not None and self._row_items is not None:
+                self.memory.update(self._row_items, scores, epoch=self.epoch)
             return scores
 
     def trained(self,
@@ -265,23 +281,26 @@ class SelectiveBackprop:
     def check_ranks(self):
         "Raise `ValueError` if processes that train together would not take the same number of steps"
         if _processes() > 1 and not fixed_count(self.selector):
-            raise ValueError(f"{self.selector} does not always keep the same number of examples, but the {_processes()} processes of a distributed training "
-                             "must take the same number of steps: choose with Percentile and pass exact=True.")
+            raise ValueError(f"{self.selector} does not always keep the same number of examples, but the "
+                             f"{_processes()} processes of a distributed training must take the same number of steps: "
+                             "choose with Percentile and pass exact=True.")
 
     def check_first(self,
         batch, # The first batch
     ):
         "Find out on the first batch what cannot work, not when selection begins"
         self.check_ranks()
-        if self.selector.keep != 1: self.scorer.check(self._model_sees(batch), self.model, self.loss_func, **self._how())
+        if self.selector.keep != 1:
+            self.scorer.check(self._model_sees(batch), self.model, self.loss_func, **self._how())
         self.checked = True
 
     def _weights(self, s, n):
-        "(n,) weight of each candidate if it is kept, for the mean over the kept: a paper's own, or what `rescale` asks for; or None"
+        """(n,) weight of each candidate if it is kept, for the mean over the kept:
+        a paper's own, or what `rescale` asks for; or None"""
         if not self.weighted: return None
         if s.w is not None: return torch.zeros_like(s.p).scatter(0, s.idx, s.w)
         if self.rescale == 'sum': return torch.full_like(s.p, len(s.idx)/n)
-        kept = len(s.idx) if self.batching == 'prune' else s.p.sum() # a pruned batch is divided by what it kept; full ones even that out
+        kept = len(s.idx) if self.batching == 'prune' else s.p.sum() # full batches even it out over the stream
         return kept/n/s.p
 
     def _choose(self, losses, pred, yb, items):
@@ -304,7 +323,8 @@ class SelectiveBackprop:
         return [(b,None) for b in ([batch] if all_of_it else self.buffer.put(batch, idx))]
 
     def _prune(self, batch, s, n):
-        "What was selected, as a batch; BatchNorm cannot train on one row: the likeliest other one joins it, with weight 0 if there are weights"
+        """What was selected, as a batch; BatchNorm cannot train on one row:
+        the likeliest other one joins it, with weight 0 if there are weights"""
         idx,w = s.idx,self._weights(s, n)
         if w is not None: w = w.gather(0, idx)
         if len(idx) == 1 < n:
@@ -315,8 +335,9 @@ class SelectiveBackprop:
     def _collect_no_more(self, why):
         "From now on train on what is kept of each batch; before that, on what waits (a single row goes on waiting)"
         if _processes() > 1: # another one may still collect, and take another number of steps
-            raise ValueError(f"{why} Pass batching='prune', which trains on what is kept of each batch by itself.") from why
-        warnings.warn(f"fastsb: what is kept of a batch is trained on by itself from now on, as with batching='prune'. {why}")
+            raise ValueError(f"{why} Pass batching='prune': it trains on what is kept of each batch.") from why
+        warnings.warn(f"fastsb: what is kept of a batch is trained on by itself from now on, as with batching='prune'. "
+                      f"{why}")
         self.batching = 'prune'
         if len(self.buffer) < 2: return []
         rest = self.buffer.rest()
@@ -328,7 +349,8 @@ class SelectiveBackprop:
         items:Tensor|None=None, # (B,) long: which items of the data set these are, for selectors that need to know
         remembered:Tensor|None=None, # (B,) losses that are remembered of them, for `Doubtful`
     ) -> list: # Of (batch of the same structure, weights of its rows or None)
-        "Score the candidates in `batch` and select from them. Returns what is ready to be trained on: no batch, one, or several"
+        """Score the candidates in `batch` and select from them.
+        Returns what is ready to be trained on: no batch, one, or several"""
         n = n_rows(batch)
         if not n: return []
         if not self.checked: self.check_first(batch)
@@ -340,14 +362,16 @@ class SelectiveBackprop:
             self.whole = since % self.interrupt == 0
         if self.whole: ready,fp,share = [(batch,None)],0,1.
         else:
-            if remembered is None and self.memory is not None and items is not None: remembered = self.memory.losses(items)
+            if remembered is None and self.memory is not None and items is not None:
+                remembered = self.memory.losses(items)
             losses,pred,yb = self._score(batch, remembered)
             s = self._choose(losses, pred, yb, items)
             self._judged(losses, pred, yb, items)
             ready = self._keep(batch, s, n)
             fp,share = self.scorer.count(n),len(s.idx)/n
         self._since = since
-        self.record.offered(n, fp=fp, bp=n if self.whole else sum(n_rows(b) for b,_ in ready), share=share, at=self.epoch+self.done)
+        bp = sum(n_rows(b) for b,_ in ready)
+        self.record.offered(n, fp=fp, bp=bp, share=share, at=self.epoch+self.done)
         return ready if never else self._offered(ready)
 
     def _judged(self, losses, pred, yb, items):
@@ -376,7 +400,8 @@ class SelectiveBackprop:
             if batch is not None and n_rows(batch): yield i/n if n else 0.,batch
             elif not self._said:
                 self._said = True
-                warnings.warn(f"fastsb: batch {i} of epoch {self.epoch} is {'None' if batch is None else 'empty'}. Such batches are skipped.")
+                warnings.warn(f"fastsb: batch {i} of epoch {self.epoch} is {'None' if batch is None else 'empty'}. "
+                              "Such batches are skipped.")
             i += 1
 
     def _know_items(self, dl, items):
@@ -384,27 +409,30 @@ class SelectiveBackprop:
         knows = self.selector.needs_items or self.scorer.remembers
         if items is None and knows and self.selector.keep != 1:
             who = self.selector if self.selector.needs_items else f'score={self.scorer}'
-            raise ValueError(f"{who} must know which items the candidates are: name the entry of the batch that holds their indices, batches(dl, items=...), "
-                             "or call offer with items= and remembered=.")
+            raise ValueError(f"{who} must know which items the candidates are: name the entry of the batch that holds "
+                             "their indices, batches(dl, items=...), or call offer with items= and remembered=.")
         self._items_at = items
         if items is None or not self.scorer.remembers or self.memory is not None: return
         n = self.n_items or _sized(getattr(dl, 'dataset', None))
-        if n is None: raise ValueError(f"score={self.scorer} remembers the loss of each item: pass n_items=, the size of the data set.")
+        if n is None:
+            raise ValueError(f"score={self.scorer} remembers the loss of each item: pass n_items=, the size of the "
+                             "data set.")
         self.memory = _memory(n, self.device)
 
     def _items(self, batch):
         "(B,) the items' indices in `batch`, or None"
         if self._items_at is None: return None
         items = _entry(batch, self._items_at)
-        items = (items if isinstance(items, Tensor) else torch.tensor(items)).as_subclass(Tensor).to(self.device, non_blocking=True)
+        if not isinstance(items, Tensor): items = torch.tensor(items)
+        items = items.as_subclass(Tensor).to(self.device)
         if items.is_floating_point() or items.numel() != n_rows(batch):
-            raise ValueError(f"items={self._items_at!r}: that entry must be a whole number for each of the {n_rows(batch)} examples, "
-                             f"not a {items.dtype} tensor of shape {tuple(items.shape)}.")
+            raise ValueError(f"items={self._items_at!r}: that entry must be a whole number for each of the "
+                             f"{n_rows(batch)} examples, not a {items.dtype} tensor of shape {tuple(items.shape)}.")
         return items.reshape(-1)
 
     def batches(self,
-        dl, # Iterable of batches: nested tuples/lists/mappings of tensors and what goes with them; they are moved to the model's device
-        items:int|str|None=None, # Index or key of the entry of a batch that holds its items' indices. It stays there, but the model does not see it
+        dl, # Iterable of batches: nested tuples/lists/mappings of tensors; they are moved to the model's device
+        items:int|str|None=None, # Index or key of the entry that holds the items' indices. The model does not see it
     ):
         "One epoch over `dl`: yields the batches to train on. None and batches without rows are skipped, with a warning"
         self._know_items(dl, items)
@@ -425,13 +453,13 @@ class SelectiveBackprop:
             self.end_epoch()
 
     # go on
-    def _state_parts(self): return dict(record=self.record, history=self.history, buffer=self.buffer, selector=self.selector, scorer=self.scorer)
+    def _state_parts(self): return {k: getattr(self, k) for k in ('record','history','buffer','selector','scorer')}
 
     def state_dict(self) -> dict: # Tensors and plain Python values only
         "What `load_state_dict` needs to go on after an epoch as if nothing had been between"
         memory = None if self.memory is None else self.memory.state_dict()
-        return dict(kind=type(self.selector).__name__, batching=self.batching, since=self._since, checked=self.checked, memory=memory,
-                    **{k: o.state_dict() for k,o in self._state_parts().items()})
+        own = dict(kind=type(self.selector).__name__, batching=self.batching, since=self._since, checked=self.checked)
+        return dict(own, memory=memory, **{k: o.state_dict() for k,o in self._state_parts().items()})
 
     def check_state(self,
         state:dict, # From `state_dict`
@@ -440,7 +468,8 @@ class SelectiveBackprop:
         own = {'kind','batching','since','checked','memory'}
         missing = {*own,*self._state_parts()} - set(state)
         if missing: raise ValueError(f"The saved state lacks {sorted(missing)}: it is not of a SelectiveBackprop.")
-        if state['kind'] != type(self.selector).__name__: raise ValueError(f"The saved state is of a {state['kind']}, this selector is {self.selector}.")
+        if state['kind'] != type(self.selector).__name__:
+            raise ValueError(f"The saved state is of a {state['kind']}, this selector is {self.selector}.")
         check_choice("The saved batching", state['batching'], ('accumulate','prune'))
         if (state['batching'],self.batching) == ('accumulate','prune'):
             raise ValueError("The saved engine collects full batches, this one prunes: pass batching='accumulate'.")
@@ -453,7 +482,8 @@ class SelectiveBackprop:
     def load_state_dict(self,
         state:dict, # From `state_dict`
     ):
-        "Go on from `state`; raises `ValueError`, changing nothing, if it comes from other settings. On which device it was does not matter"
+        """Go on from `state`; raises `ValueError`, changing nothing, if it comes from other settings.
+        On which device it was does not matter"""
         self.check_state(state)
         parts = self._state_parts()
         old = {k: copy.deepcopy(o.state_dict()) for k,o in parts.items()}

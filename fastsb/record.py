@@ -16,7 +16,8 @@ from .check import check_int
 
 # %% ../nbs/08_record.ipynb #149f5984
 class Stopwatch:
-    "Seconds spent in named stretches: `perf_counter` on a CPU; on a GPU events, which are read only when the seconds are asked for"
+    """Seconds spent in named stretches: `perf_counter` on a CPU;
+    on a GPU events, which are read only when the seconds are asked for"""
     limit = 1024 # pairs of events that are kept: more are read as they come, if the device has passed them
     def __init__(self): self._open,self._events,self._secs = {},[],defaultdict(float)
 
@@ -86,9 +87,11 @@ class Points:
         state:dict, # From `state_dict`
     ):
         "Raise `ValueError` if `state` is not one of points"
-        if not isinstance(state, dict) or set(state) != {*self.state_dict()}: raise ValueError("The saved points are none.")
+        if not isinstance(state, dict) or set(state) != {*self.state_dict()}:
+            raise ValueError("The saved points are none.")
         for k,low in (('limit',1),('every',1),('seen',0)): check_int(f"The saved points' {k}", state[k], low)
-        if not len(state['x']) == len(state['y']) <= state['limit']: raise ValueError("The saved points are not as many as they say.")
+        if not len(state['x']) == len(state['y']) <= state['limit']:
+            raise ValueError("The saved points are not as many as they say.")
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -99,8 +102,8 @@ class Points:
         self.x,self.y = list(state['x']),list(state['y'])
 
 # %% ../nbs/08_record.ipynb #7a535d6d
-log_columns = ('fit epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads score_age '
-               'loading_s').split()
+log_columns = ('fit epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share '
+               'loads score_age loading_s').split()
 
 class Record:
     "Counts, seconds and sums of a training, and a log of a row an epoch"
@@ -132,9 +135,10 @@ class Record:
         self._sums[names] = new + self._sums[names].to(new.device) if names in self._sums else new
 
     def scored(self,
-        losses:Tensor, # (B,) losses of candidates, NaN and infinite ones among them; they must not be written to afterwards
+        losses:Tensor, # (B,) losses of candidates, NaN and infinite ones among them; not to be written to afterwards
     ):
-        "Note the losses of a batch of candidates (`candidate_loss`, `top_share`). They are kept as they are, and looked at for many batches at once"
+        """Note the losses of a batch of candidates (`candidate_loss`, `top_share`).
+        They are kept as they are, and looked at for many batches at once"""
         l = losses.detach().as_subclass(Tensor)
         if not len(l): return
         if l.untyped_storage().nbytes() > 2*l.nbytes: l = l.clone() # a view: what it is of need not be kept
@@ -154,8 +158,10 @@ class Record:
             sure = torch.where(finite, l, 0.)
             held = sure.clamp(min=0)
             top = held.topk(math.ceil(.2*n), dim=1).values
-            self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(), held=held.sum(), top_held=top.sum())
-        for n,many in self._losses.items(): self.sum(trained_loss=torch.stack([l.to(many[0].device) for l in many]).sum()*n)
+            self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(),
+                     held=held.sum(), top_held=top.sum())
+        for n,many in self._losses.items():
+            self.sum(trained_loss=torch.stack([l.to(many[0].device) for l in many]).sum()*n)
         self._scored,self._losses,self._waiting = defaultdict(list),defaultdict(list),0
 
     def offered(self,
@@ -184,7 +190,8 @@ class Record:
     ):
         "Put the loss of a training pass in the epoch's record (`trained_loss`)"
         l = loss.detach().as_subclass(Tensor)
-        self._losses[n].append(l.float() if l.dtype != torch.float32 else l.clone()) # a copy: there are loops that divide their losses
+        l = l.float() if l.dtype != torch.float32 else l.clone() # a copy: there are loops that divide their losses
+        self._losses[n].append(l)
         self._trained += n
         self._waits()
 
@@ -208,14 +215,16 @@ class Record:
     ) -> dict|None: # The epoch's row of the log; None if nothing was offered
         "End the epoch: add its row to `log` and begin another"
         n = {k: self.counts[k]-self._before[k] for k in self.counts}
-        epoch,secs,skipped,age,trained,sums = self.epoch,self.clock.read(),self.skipped,self._age,self._trained,self._fetch()
+        epoch,skipped,age,trained = self.epoch,self.skipped,self._age,self._trained
+        secs,sums = self.clock.read(),self._fetch()
         self.epoch += 1
         self._begin()
         if not n['candidates']: return None
         mean = lambda a,b: sums[a]/b if b else float('nan')
-        row = dict(fit=self.fit, epoch=epoch, **n, selected=n['bp']/n['candidates'], left=left, loads=n['candidates']-skipped, score_age=age,
-            candidate_loss=mean('candidate_loss', sums['finite']), trained_loss=mean('trained_loss', trained),
-            top_share=mean('top_held', sums['held']), **{f'{k}_s': secs.get(k, 0.) for k in ('scoring','training','loading')})
+        row = dict(fit=self.fit, epoch=epoch, **n, selected=n['bp']/n['candidates'], left=left,
+                   loads=n['candidates']-skipped, score_age=age, candidate_loss=mean('candidate_loss', sums['finite']),
+                   trained_loss=mean('trained_loss', trained), top_share=mean('top_held', sums['held']),
+                   **{f'{k}_s': secs.get(k, 0.) for k in ('scoring','training','loading')})
         self._warn(row, int(sums['bad']), left, who)
         self.log.append({k: row[k] for k in log_columns})
         return self.log[-1]
@@ -223,27 +232,30 @@ class Record:
     def _warn(self, row, bad, left, who):
         if bad and not self.warned:
             self.warned = True
-            warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for percentiles; "
-                          "their examples are trained on.")
+            warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for "
+                          "percentiles; their examples are trained on.")
         if row['fp'] and not row['bp'] and not left:
-            warnings.warn(f"Nothing was selected in epoch {row['epoch']}: with {who}, no example of {row['candidates']} had a loss above "
-                          "the recent ones.")
+            warnings.warn(f"Nothing was selected in epoch {row['epoch']}: with {who}, no example of "
+                          f"{row['candidates']} had a loss above the recent ones.")
 
     def state_dict(self) -> dict: # Plain Python values only
         "What `load_state_dict` needs to go on after an epoch as if nothing had been between"
-        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=[dict(r) for r in self.log], points=self.points.state_dict(),
-                    warned=self.warned)
+        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=[dict(r) for r in self.log],
+                    points=self.points.state_dict(), warned=self.warned)
 
     def check_state(self,
         state:dict, # From `state_dict`
     ):
         "Raise `ValueError` if `state` is not one of a record"
-        if not isinstance(state, dict): raise ValueError(f"The saved record must be a dict, not a {type(state).__name__}.")
+        if not isinstance(state, dict):
+            raise ValueError(f"The saved record must be a dict, not a {type(state).__name__}.")
         if lacks := {*self.state_dict()} - set(state): raise ValueError(f"The saved record lacks {sorted(lacks)}.")
         for k in ('fit','epoch'): check_int(f"The saved record's {k}", state[k], 0)
         c = state['counts']
-        if set(c) != set(self.counts) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in c.values()):
-            raise ValueError(f"The saved record has counts={c!r}, which must be whole numbers of at least 0 for {', '.join(self.counts)}.")
+        is_count = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
+        if set(c) != set(self.counts) or not all(map(is_count, c.values())):
+            raise ValueError(f"The saved record has counts={c!r}, which must be whole numbers of at least 0 for "
+                             f"{', '.join(self.counts)}.")
         if any(set(r) != set(log_columns) for r in state['log']):
             raise ValueError(f"A row of the saved record's log must have {', '.join(log_columns)}.")
         self.points.check_state(state['points'])

@@ -67,7 +67,8 @@ class Modules:
         return [m for m,_ in self._tree]
 
 def _set_training(modules, training):
-    "Set the flag, not by `train` or `eval`, which models may have given side effects, and without the checks of `Module.__setattr__`"
+    """Set the flag, not by `train` or `eval`, which models may have given side effects,
+    and without the checks of `Module.__setattr__`"""
     for m in modules:
         if 'training' in vars(m): vars(m)['training'] = training
         else: m.training = training # a scripted module keeps it elsewhere
@@ -79,7 +80,8 @@ def scoring(
     autocast:torch.autocast|None=None, # Cast like this one; None: like the ambient one
     modules:list|None=None, # All modules of `model`, if they are known
 ):
-    "A context for forward passes that leave no trace: no grad, eval mode, random states, flags and what hooks stored are put back, also by an exception"
+    """A context for forward passes that leave no trace:
+    no grad, eval mode, random states, flags and what hooks stored are put back, also by an exception"""
     if modules is None: modules = [*model.modules()]
     training = [m for m in modules if m.training]
     stored = [(o, dict(vars(o))) for o in _hook_owners(modules)]
@@ -100,14 +102,16 @@ def _device(model): return next((p.device for p in model.parameters()), torch.de
 def model_batch(model, batch):
     "Default `forward`: the last entry of `batch` is the target, what stands before it goes into the model"
     if not isinstance(batch, (tuple,list)) or len(batch) < 2:
-        raise TypeError(f"A batch is a {type(batch).__name__}, not (inputs, target): pass forward=, a callable (model, batch) -> (prediction, targets).")
+        raise TypeError(f"A batch is a {type(batch).__name__}, not (inputs, target): pass forward=, a callable (model, "
+                        "batch) -> (prediction, targets).")
     return model(*batch[:-1]),batch[-1:]
 
 def _checked(res, forward):
     "The prediction and targets that `forward` has given; raises `TypeError` if it has not"
     if isinstance(res, (tuple,list)) and len(res) == 2 and isinstance(res[1], (tuple,list)): return res
     kinds = [_kind(o) for o in res] if isinstance(res, (tuple,list)) else _kind(res)
-    raise TypeError(f"forward={getattr(forward, '__name__', forward)} must return (prediction, targets), with the targets in a tuple: "
+    raise TypeError(f"forward={getattr(forward, '__name__', forward)} must return (prediction, targets), with the "
+                    "targets in a tuple: "
                     f"(pred, (y,)). It gave {kinds}.")
 
 def _to_plain(o): return rebuild(o, (t if type(t) is Tensor else t.as_subclass(Tensor) for _,t in leaves(o)))
@@ -118,7 +122,8 @@ def _to_float(o):
 
 def _kind(o):
     "What `o` is, in words"
-    return f"{o.dtype} tensor of shape {tuple(o.shape)}".replace('torch.','') if isinstance(o, Tensor) else type(o).__name__
+    if not isinstance(o, Tensor): return type(o).__name__
+    return f"{o.dtype} tensor of shape {tuple(o.shape)}".removeprefix('torch.')
 
 def _eager():
     "A context in which compiled models run as they were written, so that a batch of another size compiles nothing"
@@ -129,7 +134,8 @@ _dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 # %% ../nbs/04_score.ipynb #4a319f6b
 class Scorer:
-    "Scores candidates by the loss that the model in training has on them, from a forward pass that leaves no trace and may be cheaper than a training one"
+    """Scores candidates by the loss that the model in training has on them,
+    from a forward pass that leaves no trace and may be cheaper than a training one"""
     predicts = True # does it give predictions too, for selectors that need them?
     learns = False # does it want to be told what is trained on?
     remembers = False # does it need the losses that are remembered of the candidates?
@@ -139,19 +145,21 @@ class Scorer:
         size:float=1., # Make images smaller by this factor, antialiased: .5 has a quarter of the pixels
         channels_last:bool=False, # Lay the images out channels_last
         compile:bool|dict=False, # `torch.compile` the forward pass; a dict is passed on to it
-        input:int|str|tuple|None=None, # Which entry of the batch holds the images (several: a tuple of them); None: the model's only input
+        input:int|str|tuple|None=None, # Entry of the batch that holds the images, or a tuple; None: the only input
     ):
         check_choice('precision', precision, (None,*_dtypes))
         check_positive('size', size, high=1., why=', the factor by which images are made smaller')
         check_bool('channels_last', channels_last)
-        if not isinstance(compile, (bool,dict)): raise TypeError(f"compile={compile!r} must be True, False or a dict of arguments for torch.compile.")
+        if not isinstance(compile, (bool,dict)):
+            raise TypeError(f"compile={compile!r} must be True, False or a dict of arguments for torch.compile.")
         self.precision,self.size,self.channels_last,self.compile = precision,float(size),channels_last,compile
         self.input = input if input is None or isinstance(input, tuple) else (input,)
         self._modules = Modules()
 
     @property
     def own(self) -> bool:
-        "Can its scores stand beside the losses that training leaves behind? Those of smaller images are higher, those of other networks different"
+        """Can its scores stand beside the losses that training leaves behind? Those of smaller images are higher,
+        those of other networks different"""
         return self.size == 1
 
     def _images(self, batch, n_inp=None):
@@ -161,7 +169,8 @@ class Scorer:
         if self.input is None:
             n = n_inp or (0 if named or not isinstance(batch, (tuple,list)) else len(batch)-1)
             if n != 1:
-                raise ValueError(f"score={self}: the model has {n or 'an unknown number of'} inputs. Pass input=, the {'key' if named else 'index'} of "
+                raise ValueError(f"score={self}: the model has {n or 'an unknown number of'} inputs. Pass input=, the "
+                                 f"{'key' if named else 'index'} of "
                                  "the images in the batch (a tuple, if there are several).")
         keys = self.input or (0,)
         there = list(batch) if named else range(len(batch))
@@ -173,21 +182,27 @@ class Scorer:
 
     def _image(self, x, key):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"score={self}: batch[{key!r}] is a {_kind(x)}. Only images, floating point tensors of shape (B, C, H, W), can be made smaller or "
-                             "channels_last: leave out size and channels_last, or choose another entry of the batch with input=.")
-        if self.size < 1: x = F.interpolate(x, size=[max(1, round(d*self.size)) for d in x.shape[2:]], mode='bilinear', antialias=True)
+            raise ValueError(f"score={self}: batch[{key!r}] is a {_kind(x)}. Only images, floating point tensors of "
+                             "shape (B, C, H, W), can be made smaller or "
+                             "channels_last: leave out size and channels_last, or choose another entry of the batch "
+                             "with input=.")
+        if self.size < 1:
+            small = [max(1, round(d*self.size)) for d in x.shape[2:]]
+            x = F.interpolate(x, size=small, mode='bilinear', antialias=True)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _autocast(self, device, autocast=None):
         "The autocast of `precision`, or else `autocast`"
         if self.precision is None: return autocast
-        return torch.autocast(device.type, dtype=_dtypes[self.precision]) if self.precision != 'fp32' else torch.autocast(device.type, enabled=False)
+        if self.precision == 'fp32': return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device.type, dtype=_dtypes[self.precision])
 
     def _fast(self, model):
         "`model`, compiled if so desired"
         if self.compile is False or hasattr(model, '_orig_mod'): return model
         if self._compiled is None or self._compiled[0] is not model:
-            self._compiled = model,torch.compile(model, **dict(dict(dynamic=False), **(self.compile if isinstance(self.compile, dict) else {})))
+            asked = self.compile if isinstance(self.compile, dict) else {}
+            self._compiled = model,torch.compile(model, **{'dynamic':False, **asked})
         return self._compiled[1]
 
     def __call__(self,
@@ -215,7 +230,8 @@ class Scorer:
     ):
         """Try it on two rows, so that what cannot work is known before selection begins; on all, if two will not do.
 
-        A compiled model runs uncompiled here. Raises what `per_item_loss` says of a loss that cannot be split, and `ValueError` for anything else"""
+        A compiled model runs uncompiled here. Raises what `per_item_loss` says of a loss that cannot be split,
+        and `ValueError` for anything else"""
         two = take(batch, slice(2))
         self._images(_to_plain(two), how.get('n_inp'))
         compile,self.compile = self.compile,False
@@ -224,10 +240,12 @@ class Scorer:
                 try: self._try(two, model, loss_func, **how)
                 except Exception: self._try(batch, model, loss_func, **how)
         except TypeError: raise # its message says it all
-        except Exception as e: raise ValueError(f"score={self} cannot score these batches: {type(e).__name__}: {e}") from e
+        except Exception as e:
+            raise ValueError(f"score={self} cannot score these batches: {type(e).__name__}: {e}") from e
         finally: self.compile = compile
 
-    def _try(self, batch, model, loss_func, **how): self(batch, getattr(_unwrapped(model), '_orig_mod', model), loss_func, **how)
+    def _try(self, batch, model, loss_func, **how):
+        self(batch, getattr(_unwrapped(model), '_orig_mod', model), loss_func, **how)
 
     def trained(self,
         batch, # What is trained on now, of the structure of the candidates; None: nothing
@@ -252,7 +270,8 @@ class Scorer:
     ):
         "Raise `ValueError` if `state` is not of such a scorer"
         kind = state.get('kind') if isinstance(state, dict) else None
-        if kind != type(self).__name__: raise ValueError(f"The saved state is of a scorer of kind {kind!r}, this is score={self}.")
+        if kind != type(self).__name__:
+            raise ValueError(f"The saved state is of a scorer of kind {kind!r}, this is score={self}.")
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -264,7 +283,8 @@ class Scorer:
         defaults = dict(precision=None, size=1., channels_last=False, compile=False, input=None)
         return [f'{k}={v!r}' for k,d in defaults.items() if (v := getattr(self, k)) != d]
     def __repr__(self): return f"{type(self).__name__}({', '.join(self._args())})"
-    def __getstate__(self): return {**self.__dict__, '_compiled': None, '_modules': Modules()} # compiled code does not pickle, and the model is another's
+    def __getstate__(self): # compiled code does not pickle, and the model is not the scorer's own
+        return {**self.__dict__, '_compiled': None, '_modules': Modules()}
 
 # %% ../nbs/04_score.ipynb #1d65f274
 class Proxy(Scorer):
@@ -272,8 +292,8 @@ class Proxy(Scorer):
     own = False
     opt = None
     def __init__(self,
-        model:nn.Module, # The smaller network: takes the inputs of the one in training and makes predictions for the same loss
-        every:int|None=4, # It takes a training step every so many batches of candidates; None: it is trained already, and stays as it is
+        model:nn.Module, # The smaller network: for the inputs of the one in training, and for its loss
+        every:int|None=4, # It takes a training step every so many batches of candidates; None: it is trained already
         opt_func=None, # Makes its optimiser from a list of its parameters; None: AdamW with a learning rate of 0.002
         precision:str|None=None, # 'bf16', 'fp16' or 'fp32', by autocast; None: as in training
         size:float=1., # Make images smaller by this factor, antialiased, to score and to train
@@ -283,7 +303,7 @@ class Proxy(Scorer):
     ):
         super().__init__(precision, size, channels_last, compile, input)
         if not isinstance(model, nn.Module): raise TypeError(f"model={model!r} must be a torch.nn.Module.")
-        check_int('every', every, 1, none=True, why=': every how many batches of candidates the proxy takes a training step')
+        check_int('every', every, 1, none=True, why=': every how many batches of candidates the proxy takes a step')
         if opt_func is None: opt_func = partial(torch.optim.AdamW, lr=2e-3)
         check_callable('opt_func', opt_func, none=False, why=": it makes a torch optimiser from the proxy's parameters")
         self.model,self.every,self.opt_func,self._since = model,every,opt_func,0
@@ -310,16 +330,19 @@ class Proxy(Scorer):
         self._to(device)
         if self.opt is None: self.opt = self._optimizer()
         cast = self._autocast(device, autocast)
-        if cast is not None and cast.fast_dtype == torch.float16: cast = torch.autocast(device.type, enabled=False) # float16 would need its losses scaled
+        if cast is not None and cast.fast_dtype == torch.float16: # its losses would have to be scaled
+            cast = torch.autocast(device.type, enabled=False)
         self.model.train()
         with _own_randomness(device), torch.enable_grad():
-            with _cast(device.type, cast): pred,yb = _checked(forward(self._fast(self.model), self._images(_to_plain(batch), n_inp)), forward)
+            with _cast(device.type, cast): res = forward(self._fast(self.model), self._images(_to_plain(batch), n_inp))
+            pred,yb = _checked(res, forward)
             per_item_loss(loss_func, _to_float(pred), *yb, per_item=per_item).mean().backward()
         self.opt.step()
         self.opt.zero_grad()
 
     def _optimizer(self, state=None):
-        "An optimiser of the proxy's parameters; one that goes on from `state` puts each of its tensors beside the parameter"
+        """An optimiser of the proxy's parameters;
+        one that goes on from `state` puts each of its tensors beside the parameter"""
         opt = self.opt_func([p for p in self.model.parameters() if p.requires_grad])
         if state is not None: opt.load_state_dict(state)
         return opt
@@ -341,10 +364,12 @@ class Proxy(Scorer):
         new,own = shapes(state['model']),shapes(self.model.state_dict())
         if new != own:
             k = next(k for k in sorted({*new,*own}) if new.get(k) != own.get(k))
-            raise ValueError(f"The saved proxy is another network than {type(self.model).__name__}: it has {k} of shape {new.get(k)}, this one {own.get(k)}.")
+            raise ValueError(f"The saved proxy is another network than {type(self.model).__name__}: it has {k} of "
+                             f"shape {new.get(k)}, this one {own.get(k)}.")
         if state['opt'] is not None:
             try: self._optimizer(state['opt'])
-            except Exception as e: raise ValueError(f"The saved proxy's optimiser is another than that of score={self}: {e}") from e
+            except Exception as e:
+                raise ValueError(f"The saved proxy's optimiser is another than that of score={self}: {e}") from e
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -360,7 +385,8 @@ class Proxy(Scorer):
 
 # %% ../nbs/04_score.ipynb #95fc78b1
 class Doubtful(Scorer):
-    "Scores afresh only those candidates of which remembered losses leave it in doubt whether they will be chosen; others have what is remembered as score"
+    """Scores afresh only those candidates of which remembered losses leave it in doubt whether they will be chosen;
+    others have what is remembered as score"""
     predicts,remembers = False,True
     def __init__(self,
         share:float=.4, # Of the candidates, those that are scored afresh
@@ -384,12 +410,16 @@ class Doubtful(Scorer):
         **how, # As for `Scorer`
     ) -> tuple: # (B,) scores, no predictions, no targets
         "Score the rows of `batch`; `scored` are those that went through the forward pass"
-        if remembered is None: raise ValueError(f"score={self} needs the losses that are remembered of the candidates: pass remembered= to offer.")
+        if remembered is None:
+            raise ValueError(f"score={self} needs the losses that are remembered of the candidates: pass remembered= "
+                             "to offer.")
         if len(remembered) != n_rows(batch):
-            raise ValueError(f"remembered= has {len(remembered)} losses, but the batch has {n_rows(batch)} rows: it must be one a row.")
+            raise ValueError(f"remembered= has {len(remembered)} losses, but the batch has {n_rows(batch)} rows: it "
+                             "must be one a row.")
         known,B = remembered.isfinite(),len(remembered)
         rank = torch.where(known, remembered, -torch.inf).argsort().argsort() + .5
-        distance = torch.where(known, (rank - (1-(.5 if keep is None else keep))*B).abs(), -1.) # what is not known at all comes first
+        border = (1 - (.5 if keep is None else keep))*B
+        distance = torch.where(known, (rank-border).abs(), -1.) # what is not known at all comes first
         self.scored = distance.topk(self.count(B), largest=False).indices
         fresh = super().__call__(take(batch, self.scored), model, loss_func, **how)[0]
         return remembered.float().scatter(0, self.scored, fresh.float()),None,()
@@ -411,7 +441,8 @@ class _Function(Scorer):
         model,n = _unwrapped(model),n_rows(batch)
         with scoring(model, _device(model), autocast, self._modules.of(model)): scores = self.f(model, _to_plain(batch))
         if not isinstance(scores, Tensor) or scores.shape != (n,):
-            raise ValueError(f"score={self.f!r} must return one number a row, a tensor of shape ({n},), but gave a {_kind(scores)}.")
+            raise ValueError(f"score={self.f!r} must return one number a row, a tensor of shape ({n},), but gave a "
+                             f"{_kind(scores)}.")
         return scores.detach().clone().float(),None,() # a copy: it may be a tensor that the function goes on using
 
     def check(self, batch, model, loss_func, **how): self(batch, model, loss_func, **how)
@@ -423,7 +454,11 @@ def as_scorer(
     "The scorer that `score` asks for; raises `TypeError` or `ValueError` for what cannot score"
     if isinstance(score, Scorer): return score
     if isinstance(score, str) and score == 'model': return Scorer()
-    if isinstance(score, nn.Module): raise TypeError(f"score is a {type(score).__name__}: pass Proxy(it), to be trained alongside, or Proxy(it, every=None).")
-    if isinstance(score, type) and issubclass(score, Scorer): raise TypeError(f"score={score.__name__} is a class: pass {score.__name__}(...).")
+    if isinstance(score, nn.Module):
+        raise TypeError(f"score is a {type(score).__name__}: pass Proxy(it), to be trained alongside, or Proxy(it, "
+                        "every=None).")
+    if isinstance(score, type) and issubclass(score, Scorer):
+        raise TypeError(f"score={score.__name__} is a class: pass {score.__name__}(...).")
     if callable(score): return _Function(score)
-    raise ValueError(f"score={score!r} must be 'model', a Scorer, a Proxy, or a callable (model, batch) -> (B,) scores.")
+    raise ValueError(f"score={score!r} must be 'model', a Scorer, a Proxy, or a callable (model, batch) -> (B,) "
+                     "scores.")

@@ -1,4 +1,4 @@
-"The buffer against a Python list of examples: batches of any structure, tensors and others, any layout, any choice, saved and resumed at any time."
+"The buffer against a Python list of examples: any structure, layout and choice, saved and resumed at any time."
 import io
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,13 +21,15 @@ class Sample:
 
 
 # Containers have two parts, and no batch has two rows: then a list of two things would be names of its rows.
-# A structure is a nested list of what it is made of; `make` builds a batch of it in which every column carries the examples' ids.
-COLUMNS = ("vector", "matrix", "image", "channels_last", "one_channel", "transposed", "int8", "bool", "strings", "tuple", "objects", "array", "sparse")
+# A structure is a nested list of what it is made of; in a batch that `make` builds of it each column carries the ids.
+COLUMNS = ("vector", "matrix", "image", "channels_last", "one_channel", "transposed", "int8", "bool", "strings",
+           "tuple", "objects", "array", "sparse")
 WHOLE = (None, "text", 3, 2.5, True, b"bytes")
 containers = st.sampled_from(["list", "tuple", "dict", "ordered", "default", "user", "named", "dataclass"])
 column = st.sampled_from(COLUMNS).map(lambda c: ("column", c))
 whole = st.sampled_from(WHOLE).map(lambda w: ("whole", w))
-structures = st.recursive(column | whole, lambda kids: st.tuples(containers, st.lists(kids, min_size=2, max_size=2)), max_leaves=6)
+two_of = lambda kids: st.tuples(containers, st.lists(kids, min_size=2, max_size=2))
+structures = st.recursive(column | whole, two_of, max_leaves=6)
 batches = structures.map(lambda s: ("list", [("column", "vector"), s]))  # one tensor at least
 
 
@@ -37,10 +39,11 @@ def make_column(kind, ids):
     return {
         "vector": lambda: x, "matrix": lambda: x[:, None] + torch.arange(3), "image": lambda: grow,
         "channels_last": lambda: grow.to(memory_format=torch.channels_last),
-        "one_channel": lambda: grow[:, :1].contiguous().to(memory_format=torch.channels_last), "transposed": lambda: grow.transpose(1, 3),
-        "int8": lambda: (x % 100).to(torch.int8), "bool": lambda: x % 2 == 0, "strings": lambda: [f"{i}.png" for i in ids],
+        "one_channel": lambda: grow[:, :1].contiguous().to(memory_format=torch.channels_last),
+        "transposed": lambda: grow.transpose(1, 3), "int8": lambda: (x % 100).to(torch.int8),
+        "bool": lambda: x % 2 == 0, "strings": lambda: [f"{i}.png" for i in ids],
         "tuple": lambda: tuple(ids), "objects": lambda: [{"id": i} for i in ids], "array": lambda: np.array(ids),
-        "sparse": lambda: torch.sparse_coo_tensor(torch.arange(len(ids))[None], x + 1, (len(ids),), check_invariants=False),
+        "sparse": lambda: torch.sparse_coo_tensor(torch.arange(len(x))[None], x + 1, (len(x),), check_invariants=False),
     }[kind]()
 
 
@@ -52,8 +55,9 @@ def make(structure, ids):
         return what
     a, b = (make(s, ids) for s in what)
     named = dict(a=a, b=b)
-    return dict(list=[a, b], tuple=(a, b), dict=named, ordered=OrderedDict(named), default=defaultdict(list, named), user=UserDict(named),
-                named=Pair(a, b), dataclass=Sample(a, b))[kind]
+    made = dict(list=[a, b], tuple=(a, b), dict=named, ordered=OrderedDict(named), default=defaultdict(list, named),
+                user=UserDict(named), named=Pair(a, b), dataclass=Sample(a, b))
+    return made[kind]
 
 
 def same(a, b):
@@ -89,7 +93,7 @@ steps = st.lists(st.tuples(rows, st.floats(0, 1), st.sampled_from(["put", "all",
 @given_few
 @given(batches, st.integers(1, 9), steps, st.integers(0, 10**6))
 def test_as_a_list_of_examples(structure, bs, steps, seed):
-    "First in, first out; whole batches only; equal to a batch built from the very examples; the same after a save at any time"
+    "First in, first out; full batches only; each as one built from the very examples; also if saved at any time"
     draw, buf, waiting, count = torch.Generator().manual_seed(seed), BatchBuffer(bs), [], 0
     for n, share, how in steps:
         if how == "resume":
@@ -128,7 +132,8 @@ def test_leaves_and_rebuild_are_inverse(structure, n):
     batch = make(structure, list(range(n)))
     assert same(rebuild(batch, (t for _, t in leaves(batch))), batch)
     doubled = rebuild(batch, (t.float() * 2 for _, t in leaves(batch)))
-    assert all(torch.equal(2 * a.to_dense().float(), b.to_dense()) for (_, a), (_, b) in zip(leaves(batch), leaves(doubled)))
+    for (_, a), (_, b) in zip(leaves(batch), leaves(doubled)):
+        assert torch.equal(2 * a.to_dense().float(), b.to_dense())
 
 
 @given_few
