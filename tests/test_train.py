@@ -314,8 +314,7 @@ BAD = [
     ('--staleness 2', ['staleness=2 is not used by score auto']),
     ('--strategy sb --score model --staleness 2', ['staleness=2 is not used by score model']),
     ('--score_size .5', ['score_size=0.5 is not used by score auto']),
- 
-      ('--strategy sb --score two_stage --score_precision bf16', ["score_precision='bf16' is not used by score"]),
+    ('--strategy sb --score two_stage --score_precision bf16', ["'bf16' is not used by score two_stage"]),
     ('--length 3', ['length=3 is not used without cutout']),
     ('--forwardlr', ['forwardlr is not used without lr_sched']),
     ('--size 32', ['size=32', 'folder']), ('--data none.npz --dataset cifar10', ["'cifar10'", "'none.npz'"]),
