@@ -131,15 +131,15 @@ def test_probability_of_what_needs_more_than_a_loss():
 
 
 # ---- which was worth it
-def test_pareto():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        cost, value = rng.integers(0, 6, 12), rng.integers(0, 6, 12)
-        better = lambda a, b: cost[a] <= cost[b] and value[a] >= value[b] and (cost[a] < cost[b] or value[a] > value[b])
-        front = pareto(cost, value)
-        undominated = {(cost[i], value[i]) for i in range(12) if not any(better(j, i) for j in range(12))}
-        assert {(cost[i], value[i]) for i in front} == undominated and len(front) == len(undominated)
-        assert list(cost[front]) == sorted(cost[front])
+@pytest.mark.parametrize('seed', range(20))
+def test_pareto(seed):
+    rng = np.random.default_rng(seed)
+    cost, value = rng.integers(0, 6, 12), rng.integers(0, 6, 12)
+    points = list(zip(cost, value))
+    beats = lambda a, b: a[0] <= b[0] and a[1] >= b[1] and a != b
+    unbeaten = {p for p in points if not any(beats(q, p) for q in points)}
+    front = [points[i] for i in pareto(cost, value)]
+    assert set(front) == unbeaten and len(front) == len(unbeaten) and front == sorted(front)
 
 
 def test_compare_learners(fits):
