@@ -4,31 +4,38 @@
 
 # %% auto #0
 __all__ = ['datasets', 'models', 'check_arrays', 'load_arrays', 'ArrayDS', 'ArrayDL', 'CropFlip', 'Cutout', 'image_dls',
-           'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
+           'folder_dls', 'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
 
-# %% ../nbs/30_data.ipynb #812470f3
+# %% ../nbs/30_data.ipynb #8cbbd569
 import shutil, zipfile, zlib
-import numpy as np, torch
+
+import numpy as np
+import torch
 import torchvision
 from fastai.vision.all import *
 
-# %% ../nbs/30_data.ipynb #45ac9b60
+# %% ../nbs/30_data.ipynb #dae313e7
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
+_few = 10_000 # So many classes may be named with gaps between their numbers
 
 def _images(x, nm, src):
     "`x` as uint8 (n,h,w,c), or a `ValueError` that says what is wrong with it"
-    if x.dtype!=np.uint8: raise ValueError(f"{src}: {nm} must be uint8 images, not {x.dtype}.")
-    if x.ndim==3: x = x[...,None]
-    if x.ndim!=4 or x.shape[3] not in (1,3):
+    if x.dtype != np.uint8: raise ValueError(f"{src}: {nm} must be uint8 images, not {x.dtype}.")
+    if x.ndim == 3: x = x[...,None]
+    if x.ndim != 4 or x.shape[3] not in (1,3):
         raise ValueError(f"{src}: {nm} must have shape (n,h,w,c) with c 1 or 3, or (n,h,w), not {x.shape}.")
     if 0 in x.shape: raise ValueError(f"{src}: {nm} is empty, its shape is {x.shape}.")
     return x
 
-def _labels(y, nm, src, n):
+def _labels(y, nm, src, n, n_train):
     "`y` as int64 (n,), or a `ValueError` that says what is wrong with it"
     if y.dtype.kind not in 'iu': raise ValueError(f"{src}: {nm} must be integer labels, not {y.dtype}.")
-    if y.shape!=(n,): raise ValueError(f"{src}: {nm} must have shape ({n},), one label an image, not {y.shape}.")
-    if y.min()<0: raise ValueError(f"{src}: {nm} must hold labels from 0 up, not {y.min()}.")
+    if y.shape != (n,): raise ValueError(f"{src}: {nm} must have shape ({n},), one label an image, not {y.shape}.")
+    if y.min() < 0: raise ValueError(f"{src}: {nm} must hold labels from 0 up, not {y.min()}.")
+    limit = max(n_train, _few)
+    if y.max() >= limit:
+        raise ValueError(f"{src}: {nm} must hold labels below {limit:,}, not {y.max()}, since a model has an output "
+                         "for each number up to the highest: number the classes 0, 1, 2, ...")
     return y.astype(np.int64)
 
 def check_arrays(
@@ -39,13 +46,16 @@ def check_arrays(
     src:str='arrays' # Name of the source, for error messages
 ) -> tuple: # The four arrays: images as uint8 (n,h,w,c), labels as int64
     "Four arrays that can be trained on, or a `ValueError` that names the array, what was found and what was expected"
-    x_train,x_test = _images(x_train, 'x_train', src), _images(x_test, 'x_test', src)
-    if x_train.shape[1:]!=x_test.shape[1:]:
-        raise ValueError(f"{src}: x_test must have images of the shape of x_train's, {x_train.shape[1:]}, not {x_test.shape[1:]}.")
-    return x_train, _labels(y_train, 'y_train', src, len(x_train)), x_test, _labels(y_test, 'y_test', src, len(x_test))
+    x_train,x_test = _images(x_train, 'x_train', src),_images(x_test, 'x_test', src)
+    n,shape = len(x_train),x_train.shape[1:]
+    if x_test.shape[1:] != shape:
+        raise ValueError(f"{src}: x_test must have images of the shape of x_train's, {shape}, not {x_test.shape[1:]}.")
+    y_train = _labels(y_train, 'y_train', src, n, n)
+    y_test = _labels(y_test, 'y_test', src, len(x_test), n)
+    return x_train, y_train, x_test, y_test
 
-# %% ../nbs/30_data.ipynb #b2ff118a
-_tv = dict(cifar10='CIFAR10', cifar100='CIFAR100', svhn='SVHN', fashion_mnist='FashionMNIST')
+# %% ../nbs/30_data.ipynb #fbb89d1c
+_tv = dict(cifar10='CIFAR10', cifar100='CIFAR100', svhn='SVHN', svhn_full='SVHN', fashion_mnist='FashionMNIST')
 datasets = 'digits', *_tv
 
 def _digits():
@@ -53,22 +63,40 @@ def _digits():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     d = load_digits()
-    x,xt,y,yt = train_test_split((d.images*255/16).round().astype(np.uint8), d.target, test_size=0.2, random_state=0, stratify=d.target)
+    x = (d.images*255/16).round().astype(np.uint8)
+    x,xt,y,yt = train_test_split(x, d.target, test_size=0.2, random_state=0, stratify=d.target)
     return x, y, xt, yt
 
+def _one_line(e): return ' '.join(str(e).split()) or type(e).__name__
+
+def _remove_if_empty(folder):
+    "Remove `folder` with all that is in it, if there is no file"
+    if folder.exists() and not any(p.is_file() for p in folder.rglob('*')): shutil.rmtree(folder)
+
+def _part(dataset, root, split, download):
+    "Images uint8 (n,h,w,c) or (n,h,w) and labels (n,) of one part of a torchvision data set"
+    cls = getattr(torchvision.datasets, _tv[dataset])
+    if _tv[dataset] == 'SVHN':
+        d = cls(root, split=split, download=download)
+        return d.data.transpose(0,2,3,1), d.labels
+    d = cls(root, train=split == 'train', download=download)
+    return np.asarray(d.data), np.asarray(d.targets)
+
 def _torchvision(dataset, root, download):
-    "The arrays of a torchvision data set under folder `root`"
-    root,cls = Path(root).expanduser(), getattr(torchvision.datasets, _tv[dataset])
+    "The arrays of a torchvision data set under folder `root`; raises `FileNotFoundError` if they cannot be had"
+    root = Path(root).expanduser()
     new = [p for p in (root,*root.parents) if not p.exists()]
-    try: ds = [cls(root, download=download, **({'split':s} if dataset=='svhn' else {'train':s=='train'})) for s in ('train','test')]
+    train = ('train','extra') if dataset == 'svhn_full' else ('train',)
+    try: *parts,test = [_part(dataset, root, split, download) for split in (*train,'test')]
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
-        if new and new[-1].exists() and not any(p.is_file() for p in new[-1].rglob('*')): shutil.rmtree(new[-1])
+        if new: _remove_if_empty(new[-1])
         how = 'could not be downloaded' if download else 'downloading was not asked for'
-        raise FileNotFoundError(f"{dataset} is not under {root} and {how} ({' '.join(str(e).split())}).") from None
-    xs = [np.asarray(d.data) for d in ds]
-    if dataset=='svhn': xs = [x.transpose(0,2,3,1) for x in xs]
-    ys = [np.asarray(d.labels if dataset=='svhn' else d.targets) for d in ds]
-    return xs[0], ys[0], xs[1], ys[1]
+        raise FileNotFoundError(f"{dataset} is not under {root} and {how} ({_one_line(e)}).") from None
+    x,y = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts))
+    return x, y, *test
+
+_npz_faults = (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, NotImplementedError,
+               zlib.error, zipfile.BadZipFile)
 
 def _npz(path):
     "The four arrays in file `path`"
@@ -77,12 +105,13 @@ def _npz(path):
     try:
         with np.load(path, allow_pickle=False) as z:
             if missing := [k for k in _keys if k not in z.files]:
-                raise ValueError(f"no {', '.join(missing)} among its arrays ({', '.join(z.files)}); expected are {', '.join(_keys)}")
+                found,expected = ', '.join(z.files),', '.join(_keys)
+                raise ValueError(f"no {', '.join(missing)} among its arrays ({found}); expected are {expected}")
             return [np.asarray(z[k]) for k in _keys]
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as e: raise ValueError(f"{path}: {e}.") from None
+    except _npz_faults as e: raise ValueError(f"{path}: {_one_line(e)}.") from None
 
 def load_arrays(
-    dataset:str='digits', # One of `datasets`
+    dataset:str='digits', # One of `datasets`; svhn is SVHN's train part, svhn_full its train and extra parts
     data:str=None, # An .npz file with x_train, y_train, x_test, y_test, instead of a data set by name
     data_dir:str='~/.fastai/data', # Folder that torchvision's data sets are in or are downloaded to
     download:bool=True # Download what is not in `data_dir`?
@@ -90,9 +119,10 @@ def load_arrays(
     "The arrays of a data set by name, or of an .npz file"
     if data is not None: return check_arrays(*_npz(Path(data).expanduser()), src=str(data))
     if dataset not in datasets: raise ValueError(f"dataset must be one of {', '.join(datasets)}, not {dataset!r}.")
-    return check_arrays(*(_digits() if dataset=='digits' else _torchvision(dataset, data_dir, download)), src=dataset)
+    arrays = _digits() if dataset == 'digits' else _torchvision(dataset, data_dir, download)
+    return check_arrays(*arrays, src=dataset)
 
-# %% ../nbs/30_data.ipynb #b8608d53
+# %% ../nbs/30_data.ipynb #8b4533a5
 class ArrayDS:
     "Images and labels in memory; indexed with a list of indices it gives a whole batch"
     n_inp,loss_func = 1,CrossEntropyLossFlat()
@@ -104,7 +134,8 @@ class ArrayDS:
     def __len__(self): return len(self.y)
     def __getitem__(self, i):
         x = self.x[i]
-        return TensorImage(x.permute(*range(x.ndim-3), -1, -3, -2)), TensorCategory(self.y[i])
+        channels_first = *range(x.ndim-3), -1, -3, -2
+        return TensorImage(x.permute(*channels_first)), TensorCategory(self.y[i])
     def new_empty(self): return type(self)(self.x[:0], self.y[:0], self.split_idx)
     def decode(self, o, full=True): return o[0],Category(str(int(o[1])))
 
@@ -114,19 +145,23 @@ class ArrayDL(TfmdDL):
         dataset:ArrayDS, # Images and labels
         bs:int=128, # Batch size
         shuffle:bool=False, # In a new order each epoch?
-        num_workers:int=0, # Processes that make batches
+        num_workers:int=0, # Processes that make batches; then the arrays must be on the CPU
         **kwargs # Passed on to `TfmdDL`
     ):
+        device = dataset.y.device
+        if num_workers and device.type != 'cpu':
+            raise ValueError(f"num_workers={num_workers}: worker processes cannot index arrays on {device}. Keep "
+                             f"them on the CPU, as image_dls(num_workers={num_workers}) does, or use num_workers=0.")
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
     def do_item(self, s): return 0 if s is None else s
     def create_batch(self, b): return self.dataset[torch.as_tensor(b, device=self.dataset.y.device)]
     def retain(self, res, b): return res
 
-# %% ../nbs/30_data.ipynb #74b69193
-def _reflect(i, n): return (n-1) - ((n-1) - i.abs()).abs()   # index `i` into n pixels, reflected at both borders
+# %% ../nbs/30_data.ipynb #aeedb9e5
+def _reflect(i, n): return (n-1) - ((n-1) - i.abs()).abs() # index `i` into n pixels, reflected at both borders
 
 class CropFlip(RandTransform):
-    "Crop at random after reflecting `pad` pixels at the border, then flip at random: training only, each image by its own draw"
+    "Crop at random after reflecting `pad` pixels at the border, then flip: in training, each image by its own draw"
     order = 5 # On uint8, before `IntToFloatTensor`
     def __init__(self,
         pad:int=None, # Largest shift in pixels (default: an eighth of the height, but at most 4)
@@ -134,15 +169,18 @@ class CropFlip(RandTransform):
     ):
         super().__init__()
         store_attr()
+
     def encodes(self, x:TensorImage):
         (b,_,h,w),dev = x.shape,x.device
         pad = min(4, h//8) if self.pad is None else self.pad
         dy,dx = torch.randint(-pad, pad+1, (2,b,1), device=dev)
-        r,c = _reflect(torch.arange(h, device=dev)+dy, h), _reflect(torch.arange(w, device=dev)+dx, w)
-        if self.flip: c = torch.where(torch.rand(b, 1, device=dev)<0.5, c.flip(1), c)
-        i = (torch.arange(b, device=dev)[:,None]*h + r)[...,None]*w + c[:,None]      # (b,h,w): from where each pixel comes
+        row = _reflect(torch.arange(h, device=dev)+dy, h)
+        col = _reflect(torch.arange(w, device=dev)+dx, w)
+        if self.flip: col = torch.where(torch.rand(b, 1, device=dev) < 0.5, col.flip(1), col)
+        image = torch.arange(b, device=dev)[:,None]
+        source = (image*h + row)[...,None]*w + col[:,None] # (b,h,w): from where each pixel comes
         x = x.permute(0,2,3,1)
-        return x.reshape(-1, x.shape[3])[i.view(-1)].view(x.shape).permute(0,3,1,2)
+        return x.reshape(-1, x.shape[3])[source.view(-1)].view(x.shape).permute(0,3,1,2)
 
 class Cutout(RandTransform):
     "Black out one square of `length` pixels an image, centred anywhere in it (DeVries & Taylor 2017, arXiv 1708.04552)"
@@ -150,20 +188,26 @@ class Cutout(RandTransform):
     def __init__(self, length:int): # Side of the square in pixels; what lies outside of the image is cut off
         super().__init__()
         store_attr()
+
     def encodes(self, x:TensorImage):
         b,_,h,w = x.shape
         def inside(n):
             lo = torch.randint(n, (b,1), device=x.device) - self.length//2
             i = torch.arange(n, device=x.device)
-            return (i>=lo) & (i<lo+self.length)
-        return x.masked_fill((inside(h)[:,:,None] & inside(w)[:,None])[:,None], 0.)
+            return (i >= lo) & (i < lo+self.length)
+        rows,cols = inside(h),inside(w)
+        return x.masked_fill((rows[:,:,None] & cols[:,None])[:,None], 0.)
 
-# %% ../nbs/30_data.ipynb #41a325c5
+# %% ../nbs/30_data.ipynb #96750755
 def _stats(x):
     "Mean and standard deviation of each channel of uint8 images `x` (n,h,w,c), in units of 255"
     m = x.mean((0,1,2))
     sq = np.einsum('nhwc,nhwc->c', x, x, dtype=np.float64) / (x.size/x.shape[3])
     return (m/255).tolist(), (np.sqrt(sq - m**2).clip(1)/255).tolist()
+
+def _augment(augment, flip, cutout): return [CropFlip(flip=flip)]*augment + [Cutout(cutout)]*(cutout > 0)
+
+def _drop_last(n, bs): return n > bs and n%bs == 1 # a batch of one image would have no variance for BatchNorm
 
 def image_dls(
     x_train:np.ndarray, # uint8 (n,h,w,c): training images
@@ -175,29 +219,94 @@ def image_dls(
     flip:bool=True, # With `augment`: flip half of them left to right? Not for digits
     cutout:int=0, # Side in pixels of a square to cut out of each training image; 0 for none
     device=None, # Device of the arrays and batches (default: fastai's `default_device()`)
-    num_workers:int=0 # Processes that make training batches; transforms of whole batches run in the main process all the same
+    num_workers:int=0 # Processes that make training batches, of arrays that then stay on the CPU; none transforms them
 ) -> DataLoaders: # With `dls.c` classes
     "`DataLoaders` over arrays: normalized `TensorImage` (b,c,h,w) and `TensorCategory` (b,)"
-    dev,stats = default_device() if device is None else torch.device(device), _stats(x_train)
-    aug = ([CropFlip(flip=flip)] if augment else []) + ([Cutout(cutout)] if cutout else [])
-    def dl(x, y, i, tfms, **kwargs):
-        ds = ArrayDS(torch.from_numpy(np.ascontiguousarray(x)).to(dev), torch.from_numpy(y).to(dev), i)
-        return ArrayDL(ds, bs=bs, after_batch=[IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), *tfms], **kwargs)
-    # a last batch of one image would have no variance for BatchNorm
-    dls = DataLoaders(dl(x_train, y_train, 0, aug, shuffle=True, drop_last=len(x_train)>bs and len(x_train)%bs==1, num_workers=num_workers),
-                      dl(x_test, y_test, 1, []), device=dev)
+    dev,stats = default_device() if device is None else torch.device(device),_stats(x_train)
+    def dl(x, y, split_idx, home, tfms=(), **kwargs):
+        ds = ArrayDS(torch.from_numpy(np.ascontiguousarray(x)).to(home), torch.from_numpy(y).to(home), split_idx)
+        tfms = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), *tfms]
+        return ArrayDL(ds, bs=bs, after_batch=tfms, **kwargs)
+    home = torch.device('cpu') if num_workers else dev
+    train = dl(x_train, y_train, 0, home, _augment(augment, flip, cutout), shuffle=True,
+               drop_last=_drop_last(len(x_train), bs), num_workers=num_workers)
+    dls = DataLoaders(train, dl(x_test, y_test, 1, dev), device=dev)
     dls.c = int(max(y_train.max(), y_test.max()))+1
     return dls
 
-# %% ../nbs/30_data.ipynb #b2374921
+# %% ../nbs/30_data.ipynb #b516d800
+_valid_names = 'valid', 'val', 'test'
+
+def _classes(folder):
+    "Names of the subfolders of `folder` in which there are images"
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != '.' and get_image_files(p))
+
+def _files(folder, classes):
+    "The images of `classes` under `folder`, in a fixed order"
+    return [f for c in classes if (folder/c).is_dir() for f in sorted(get_image_files(folder/c))]
+
+def _class_of(f, classes): return next(p.name for p in f.parents if p.name in classes)
+
+def _train_and_valid(path):
+    "The images of folder `path/train`, those to validate on, and the classes"
+    valid = next((path/v for v in _valid_names if (path/v).is_dir()), None)
+    if valid is None: raise ValueError(f"{path}: beside train there must be a folder {' or '.join(_valid_names)}.")
+    classes = _classes(path/'train')
+    if strange := sorted(set(_classes(valid)) - set(classes)):
+        raise ValueError(f"{valid}: there are no images of class {', '.join(strange)} to train on.")
+    return _files(path/'train', classes), _files(valid, classes), classes
+
+def _drawn(path, valid_pct, seed):
+    "The images of folder `path`, of which a share is put aside to validate on, and the classes"
+    classes = _classes(path)
+    files = _files(path, classes)
+    order = np.random.default_rng(seed).permutation(len(files))
+    n = math.ceil(valid_pct*len(files))
+    valid,train = ([files[i] for i in sorted(part)] for part in (order[:n], order[n:]))
+    return train, valid, classes
+
+def folder_dls(
+    path, # Folder with a subfolder of images for each class, or with such folders train and valid, val or test
+    size:int=64, # Side in pixels of the squares that images are resized to
+    bs:int=128, # Batch size
+    augment:bool=False, # Shift (and `flip`) training images at random?
+    flip:bool=True, # With `augment`: flip half of them left to right?
+    cutout:int=0, # Side in pixels of a square to cut out of each training image; 0 for none
+    valid_pct:float=.2, # Without a folder to validate on: share of the images that is put aside for it
+    seed:int=0, # Without a folder to validate on: seed of that draw
+    device=None, # Device of the batches (default: fastai's `default_device()`)
+    num_workers:int=None # Processes that read images (default: one for each core, at most 16)
+) -> DataLoaders: # With `dls.c` classes, named in `dls.vocab`
+    "`DataLoaders` over a folder of images by class: normalized `TensorImage` (b,3,size,size) and `TensorCategory` (b,)"
+    path = Path(path).expanduser()
+    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder.")
+    train,valid,classes = _train_and_valid(path) if (path/'train').is_dir() else _drawn(path, valid_pct, seed)
+    if len(classes) < 2:
+        found = ', '.join(classes) or 'none'
+        raise ValueError(f"{path}: two or more subfolders of images are needed, one for each class; found: {found}.")
+    if not train or not valid:
+        raise ValueError(f"{path}: {len(train)} images to train on and {len(valid)} to validate on are not enough.")
+    n,files = len(train),train+valid
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock(vocab=classes)),
+        get_items=lambda _: files,
+        splitter=IndexSplitter(range(n, len(files))),
+        get_y=partial(_class_of, classes=classes),
+        item_tfms=Resize(size),
+        batch_tfms=[*_augment(augment, flip, cutout), Normalize.from_stats(*imagenet_stats)])
+    loading = dict(bs=bs, num_workers=num_workers, device=device, drop_last=_drop_last(n, bs))
+    return block.dataloaders(path, path=path, **loading)
+
+# %% ../nbs/30_data.ipynb #4ae1b411
 def small_resnet(
     c_in:int, # Channels of the images
     n_out:int, # Number of classes
     width:int=32 # Channels of the first stage
 ) -> nn.Module: # For images from 8x8 up
     "A ResNet for a CPU: stem of stride 2, then a block each of `width`, `2*width` and `4*width` channels"
-    return nn.Sequential(ConvLayer(c_in, width, stride=2), ResBlock(1, width, width), ResBlock(1, width, 2*width, stride=2),
-                         ResBlock(1, 2*width, 4*width, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
+    stem = ConvLayer(c_in, width, stride=2)
+    blocks = ResBlock(1, width, width),ResBlock(1, width, 2*width, stride=2),ResBlock(1, 2*width, 4*width, stride=2)
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
 
 def resnet18_32(
     c_in:int, # Channels of the images
@@ -205,11 +314,11 @@ def resnet18_32(
 ) -> nn.Module: # For images of about 32x32
     "torchvision's ResNet-18 for small images: a 3x3 stem of stride 1, no max-pooling"
     m = torchvision.models.resnet18(num_classes=n_out)
-    m.conv1,m.maxpool = nn.Conv2d(c_in, 64, 3, padding=1, bias=False), nn.Identity()
+    m.conv1,m.maxpool = nn.Conv2d(c_in, 64, 3, padding=1, bias=False),nn.Identity()
     nn.init.kaiming_normal_(m.conv1.weight, mode='fan_out', nonlinearity='relu')
     return m
 
-# %% ../nbs/30_data.ipynb #3b22bbec
+# %% ../nbs/30_data.ipynb #1a14b6c4
 class PreActBlock(nn.Module):
     "BatchNorm, ReLU, convolution, twice, beside a shortcut"
     def __init__(self,
@@ -220,9 +329,11 @@ class PreActBlock(nn.Module):
     ):
         super().__init__()
         self.act = nn.Sequential(nn.BatchNorm2d(ni), nn.ReLU(inplace=True))
-        self.convs = nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True),
-                                   nn.Dropout(dropout), nn.Conv2d(nf, nf, 3, 1, 1, bias=False))
-        self.proj = None if ni==nf and stride==1 else nn.Conv2d(ni, nf, 1, stride, bias=False)
+        conv1,conv2 = nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.Conv2d(nf, nf, 3, 1, 1, bias=False)
+        self.convs = nn.Sequential(conv1, nn.BatchNorm2d(nf), nn.ReLU(inplace=True), nn.Dropout(dropout), conv2)
+        same_shape = ni == nf and stride == 1
+        self.proj = None if same_shape else nn.Conv2d(ni, nf, 1, stride, bias=False)
+
     def forward(self, x):
         a = self.act(x)
         return self.convs(a) + (x if self.proj is None else self.proj(a))
@@ -236,17 +347,19 @@ def wide_resnet(
 ) -> nn.Module: # For images of about 32x32
     "WideResNet-`depth`-`k`"
     n,rest = divmod(depth-4, 6)
-    if n<1 or rest: raise ValueError(f"depth must be 6*n+4 with n at least 1 (10, 16, 22, 28, ...), not {depth}.")
+    if n < 1 or rest: raise ValueError(f"depth must be 6*n+4 with n at least 1 (10, 16, 22, 28, ...), not {depth}.")
     szs = [16, 16*k, 32*k, 64*k]
-    blocks = [PreActBlock(ni if j==0 else nf, nf, 2 if i and j==0 else 1, dropout)
+    blocks = [PreActBlock(ni if j == 0 else nf, nf, 2 if i and j == 0 else 1, dropout)
               for i,(ni,nf) in enumerate(zip(szs,szs[1:])) for j in range(n)]
-    m = nn.Sequential(nn.Conv2d(c_in, 16, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(szs[-1]), nn.ReLU(inplace=True),
-                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(szs[-1], n_out))
+    stem = nn.Conv2d(c_in, 16, 3, padding=1, bias=False)
+    head = nn.BatchNorm2d(szs[-1]),nn.ReLU(inplace=True),nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(szs[-1], n_out)
+    m = nn.Sequential(stem, *blocks, *head)
     for o in m.modules():
         if isinstance(o, nn.Conv2d): nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
     return m
 
-models = dict(small=small_resnet, resnet18=resnet18_32, wrn16_4=wide_resnet, wrn28_10=partial(wide_resnet, depth=28, k=10, dropout=0.3))
+_wrn28_10 = partial(wide_resnet, depth=28, k=10, dropout=0.3)
+models = dict(small=small_resnet, resnet18=resnet18_32, wrn16_4=wide_resnet, wrn28_10=_wrn28_10)
 
 def get_model(
     name:str, # One of `models`

@@ -562,7 +562,7 @@ def test_batch_loss_filter():
     assert log.selected[0] == 1 and log.fp.tolist() == [0] + [1376] * 7
     assert log.selected.iloc[-1] < log.selected[1] and log.selected.min() >= 0.1
     assert len(spy.losses) == 43 * 8  # pruned: every batch is trained, never an empty one
-    assert len(learn.blf.plot_selected().lines) == 2 + 8 - 1
+    assert len(learn.blf.plot_selected().containers[0]) == 8  # a bar an epoch
     learn.batch_loss_filter(min_loss_perc=0.5)
     assert len([c for c in learn.cbs if isinstance(c, BatchLossFilterCallback)]) == 1 and learn.blf.selector.min_loss_perc == 0.5
     learn.remove_cb(BatchLossFilterCallback)
