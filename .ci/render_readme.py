@@ -22,7 +22,7 @@ def render() -> dict[Path, bytes]:
     text, res = exporter.from_notebook_node(nb, resources={"unique_key": "index", "output_files_dir": "nbs/images"})
     text = text.replace("![png]", "![The selected fraction over a fit]")
     text = re.sub(r"\]\((images|results)/", r"](nbs/\1/", text)  # paths are relative to nbs/ in the notebook
-    text = re.sub(r"\]\(([\w.-]+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\(((?:bench/)?[\w.-]+\.ipynb)", r"](nbs/\1", text)
     text = text.replace("](../", "](")
     text = "\n".join(l.rstrip() for l in text.strip().splitlines()) + "\n"
     return {ROOT / "README.md": text.encode(), **{ROOT / k: v for k, v in res["outputs"].items()}}

@@ -81,7 +81,7 @@ def plot_equal_time(
     ax.legend(handles=handles, fontsize='small', frameon=False)
     return ax
 
-# %% ../../nbs/bench/17_pictures.ipynb #d376949f
+# %% ../../nbs/bench/17_pictures.ipynb #a16cfb87
 def plot_time_to_plain(
     runs, # What `runs_table` returned, or what it takes
     setting:str|None=None, # Which setting; None: the first
@@ -108,11 +108,11 @@ def plot_time_to_plain(
     labels = [f"{m}, {b:g} epochs ({n} seeds)" for m,b,n in zip(t.method, t['plain budget'], t.seeds)]
     ax.set_yticks(range(len(t)), labels)
     ax.axvline(1, color='grey', lw=.8, ls='--')
-    ax.invert_yaxis()
+    ax.set_ylim(len(t)-.4, -.6)
     ax.set(xlabel="share of plain training's time", title=df.setting.iloc[0])
     return ax
 
-# %% ../../nbs/bench/17_pictures.ipynb #95392aff
+# %% ../../nbs/bench/17_pictures.ipynb #66ba850f
 def plot_noise(
     runs, # What `runs_table` returned, or what it takes; of one length and learning rate
     methods:list|None=None, # Which methods; None: all that were run with all labels
@@ -125,7 +125,7 @@ def plot_noise(
     methods = [m for m in n.index[n == len(kinds)] if m != 'plain'] if methods is None else methods
     if not len(methods): raise ValueError("runs: besides plain training no method was run with all kinds of labels.")
     if ax is None: _,ax = plt.subplots(figsize=(8,3.6), layout='constrained')
-    width,means,drawn = .8/len(methods),[0.],set()
+    width,means,drawn,single = .8/len(methods),[0.],set(),False
     for i,m in enumerate(methods):
         for j,l in enumerate(kinds):
             g = df[df.labels == l]
@@ -133,7 +133,10 @@ def plot_noise(
             if not len(diff): continue
             mean,half = t_interval(100*diff)
             x = j + (i-(len(methods)-1)/2)*width
-            ax.bar(x, mean, .9*width, color=look(m)['color'], label=m if m not in drawn else None)
+            one = len(diff) == 1
+            ax.bar(x, mean, .9*width, color=look(m)['color'], hatch='//' if one else None, edgecolor='white',
+                   label=m if m not in drawn else None)
+            single = single or one
             drawn.add(m)
             ax.errorbar(x, mean, np.nan_to_num(half), color='#404040', capsize=2, lw=1)
             means.append(mean)
@@ -141,5 +144,7 @@ def plot_noise(
     ax.set_xticks(range(len(kinds)), [l.replace('y_train_', '').replace('_label', ' (people)') for l in kinds])
     ax.set(ylim=_around(means), xlabel='labels', ylabel='accuracy, points to plain training',
            title='By labels, at equal time')
-    ax.legend(fontsize='small', frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    handles,_ = ax.get_legend_handles_labels()
+    if single: handles.append(plt.Rectangle((0,0), 1, 1, fc='grey', ec='white', hatch='//', label='hatched: one seed'))
+    ax.legend(handles=handles, fontsize='small', frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax

@@ -74,7 +74,7 @@ def equal_time_table(
     digits = {k: 4 if 'loss' in k else 3 for k in df.columns[3:] if k != 'verdict'}
     return df.sort_values(['setting','budget'], kind='stable').round(digits).reset_index(drop=True)
 
-# %% ../../nbs/bench/16_tables.ipynb #dc9aa06a
+# %% ../../nbs/bench/16_tables.ipynb #6d955fa4
 def _share_text(r, first, last):
     if math.isnan(r): return '–'
     return f'> {last:.2f}' if r == math.inf else f'< {first:.2f}' if r == 0 else f'{r:.2f}'
@@ -109,9 +109,9 @@ def time_to_plain(
     return pd.DataFrame(rows)
 
 def _faster(low, high, first, last):
-    "What the interval says; an open end reaches to the first or from the last budget that was tried"
-    high = first if high == 0 else high
-    low = last if low == math.inf else low
+    "What the interval says; all of it may lie below the first budget that was tried, or above the last"
+    if high == 0: return 'faster' if first <= 1 else '–'
+    if low == math.inf: return 'slower' if last >= 1 else '–'
     return verdict(low, high, 1, 'faster', 'slower')
 
 def time_columns(
