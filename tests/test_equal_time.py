@@ -1,4 +1,4 @@
-"The equal-time protocol: its accounts, its budgets, its file and its tables. Nothing here looks at how long anything took."
+"The equal-time protocol: its accounts, budgets, file and tables. Nothing here looks at how long anything took."
 
 import json
 import math

@@ -21,8 +21,9 @@ from fastai.torch_core import set_seed
 from scipy.stats import spearmanr
 from torch import nn
 
-from .command import (check_device, check_out, command, command_line, environment, one_of, save_result,
-                                  threads as torch_threads, timed, whole_number)
+from fastsb.bench.command import (
+    check_device, check_out, command, command_line, environment, one_of, save_result, threads as torch_threads, timed,
+    whole_number)
 from ..cache import ItemTracker, LossCache
 from ..callback import Autocast
 from ..data import get_model, image_dls, load_arrays, models, small_resnet

@@ -40,7 +40,7 @@ endless = 10**6 # epochs: more than any budget
 
 class Budget(Callback):
     "Counts what training costs, and ends the fit when the budget is spent. Schedules follow the share that is spent"
-    order,run_valid,name = -9,False,'budget' # after TrainEvalCallback, whose `pct_train` it corrects; before who selects
+    order,run_valid,name = -9,False,'budget' # after TrainEvalCallback, whose `pct_train` it sets; before who selects
     def __init__(self,
         seconds:float, # The budget in reference time
         costs:dict, # What `measure_costs` returned

@@ -11,8 +11,8 @@ import inspect, json, subprocess, sys
 import pandas as pd
 import torch
 
-from .command import (check_out, command, command_line, environment, save_result,
-                                  threads as torch_threads, whole_number)
+from .command import (
+    check_out, command, command_line, environment, save_result, threads as torch_threads, whole_number)
 
 # %% ../../nbs/bench/03_cache.ipynb #c5864903
 def measure_cache(

@@ -15,8 +15,8 @@ from .prices import NoValidation
 from ..callback import SelectiveBackpropCallback, irreducible_losses
 from ..data import small_resnet
 from ..score import Doubtful, Proxy, Scorer, as_scorer, model_batch
-from ..select import (Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK,
-                           Uncertainty)
+from ..select import (
+    Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty)
 
 # %% ../../nbs/bench/13_contestants.ipynb #8a82928d
 class RandomScores(TopK):

@@ -17,8 +17,9 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
-from .command import (check_device, check_out, command, command_line, environment, one_of, save_result,
-                                  threads as torch_threads, whole_number)
+from fastsb.bench.command import (
+    check_device, check_out, command, command_line, environment, one_of, save_result, threads as torch_threads,
+    whole_number)
 from ..callback import Autocast
 from ..data import get_model, image_dls, load_arrays, models
 from ..select import InfoBatch

@@ -23,8 +23,9 @@ from fastai.torch_core import no_random
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .command import (check_device, check_out, command, command_line, environment, one_of, precisions,
-                                  save_result, spread, threads as torch_threads, timed, whole_number)
+from .command import (
+    check_device, check_out, command, command_line, environment, one_of, precisions, save_result, spread, threads as
+    torch_threads, timed, whole_number)
 from ..buffer import take
 from ..callback import SelectiveBackpropCallback
 from ..data import get_model, image_dls, models

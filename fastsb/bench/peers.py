@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .command import (check_out, command, command_line, environment, save_result, spread,
-                                  threads as torch_threads, whole_number)
+from .command import (
+    check_out, command, command_line, environment, save_result, spread, threads as torch_threads, whole_number)
 from ..buffer import take
 from ..history import LossHistory
 from ..select import LossShare, Percentile, TopK

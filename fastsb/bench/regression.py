@@ -17,8 +17,8 @@ from fastai.torch_core import set_seed
 from torch.utils.data import TensorDataset
 
 from .budget import Budget, fit_cycle
-from .command import (check_out, command, command_line, environment, load_result, save_result,
-                                  threads as torch_threads, whole_number)
+from .command import (
+    check_out, command, command_line, environment, load_result, save_result, threads as torch_threads, whole_number)
 from .contestants import methods
 from .intervals import t_interval
 from .prices import NoValidation

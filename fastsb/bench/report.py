@@ -13,17 +13,17 @@ import matplotlib.pyplot as plt
 from .command import command
 from .pictures import plot_equal_time, plot_noise, plot_time_to_plain
 from .runs import load_runs, runs_table
-from .tables import (at_best_lr, equal, equal_time_table, lead_table, markdown, noise_table, paper_table,
-                                 time_columns, time_to_plain)
+from .tables import (
+    at_best_lr, equal, equal_time_table, lead_table, markdown, noise_table, paper_table, time_columns, time_to_plain)
 
 # %% ../../nbs/bench/18_report.ipynb #a6a5b70a
 _head = """# At equal time
 
 Each method is trained for the same budget of reference time, with a schedule that is annealed to its end. Accuracies
 in %; ± is a 95 % interval over seeds, by Student's t; differences to plain training are by pairs of the same seed. The
-verdict is *ahead*, *behind*, *faster* or *slower* where the interval excludes no difference, and – where it does not; of
-twenty methods that are no different, one will stand out by chance. Shares of the candidates: kept (trained on), scored,
-loaded. wall/ref: real seconds for a second of reference time."""
+verdict is *ahead*, *behind*, *faster* or *slower* where the interval excludes no difference, and – where it does not;
+of twenty methods that are no different, one will stand out by chance. Shares of the candidates: kept (trained on),
+scored, loaded. wall/ref: real seconds for a second of reference time."""
 
 _shares = """Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; the interval is
 made of all shares that paired t-tests do not contradict)"""

@@ -20,8 +20,8 @@ try: import fcntl
 except ImportError: fcntl = None # Windows has no such locks
 
 from .budget import Budget, Curve, fit_cycle, fit_steps
-from .command import (check_device, check_out, command, environment, one_of, threads as torch_threads,
-                                  whole_number)
+from .command import (
+    check_device, check_out, command, environment, one_of, threads as torch_threads, whole_number)
 from .contestants import HeldOut, check_method, method_settings, methods as contestants, settings_of, usual
 from .prices import epoch_seconds, measure_costs, no_counts, price_name
 from .task import Task, configuration, protocols
