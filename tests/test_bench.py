@@ -1,4 +1,5 @@
 "The benchmark command: its result file, its faults, its accounts. Nothing here looks at how long anything took."
+
 import gc
 import json
 import random
@@ -9,10 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsb import bench
+from fastsb.bench import command, overhead
+from fastsb.bench import epoch as epochs
 
 root = Path(__file__).parent.parent
-PARTS = {"beta", "exact", "batching", "select", "gather", "rest", "kept", "cycle", "expected", "select_share", "cycle_ratio"}
+PARTS = {
+    "beta",
+    "exact",
+    "batching",
+    "select",
+    "gather",
+    "rest",
+    "kept",
+    "cycle",
+    "expected",
+    "select_share",
+    "cycle_ratio",
+}
 
 
 def run(*args, cwd=None):
@@ -29,24 +43,36 @@ def check_result(res, bs, names):
     assert [(r["model"], r["precision"]) for r in res["runs"]] == [(n, p) for n in names for p in ("fp32", "bf16")]
     for r in res["runs"]:
         assert r["score_share"] == pytest.approx(r["score"]["median"] / r["train"]["median"], abs=1e-3)
-        assert [(v["beta"], v["exact"], v["batching"]) for v in r["variants"]] == [tuple(v.values()) for v in bench.variants]
+        assert [(v["beta"], v["exact"], v["batching"]) for v in r["variants"]] == [
+            tuple(v.values()) for v in overhead.variants
+        ]
         for v in r["variants"]:
             assert set(v) == PARTS and 0 < v["kept"] <= 1
-            assert v["select_share"] == pytest.approx((v["select"]["median"] + v["gather"]["median"]) / r["train"]["median"], abs=1e-4)
+            assert v["select_share"] == pytest.approx(
+                (v["select"]["median"] + v["gather"]["median"]) / r["train"]["median"], abs=1e-4
+            )
             assert v["cycle_ratio"] == pytest.approx(v["cycle"]["median"] / v["expected"]["median"], abs=1e-3)
-        for q in [r["train"], r["score"], *(v[k] for v in r["variants"] for k in ("select", "gather", "cycle", "expected"))]:
+        for q in [
+            r["train"],
+            r["score"],
+            *(v[k] for v in r["variants"] for k in ("select", "gather", "cycle", "expected")),
+        ]:
             lo, hi = q["iqr"]
             assert 0 < lo <= q["median"] <= hi
     for r in res["runs"][::2]:
         m = r["memory"]
         assert m["batch"] == bs * (3 * 32 * 32 * 4 + 8) and m["allowed"] == 2 * m["batch"] + 64 * 1024
-        assert len(m["variants"]) == len(bench.variants)
+        assert len(m["variants"]) == len(overhead.variants)
         for v in m["variants"]:
-            assert v["extra"] == v["peak"] - m["plain_peak"] and v["extra_batches"] == pytest.approx(v["extra"] / m["batch"], abs=1e-3)
+            assert v["extra"] == v["peak"] - m["plain_peak"] and v["extra_batches"] == pytest.approx(
+                v["extra"] / m["batch"], abs=1e-3
+            )
 
 
 def test_command_writes_a_result(tmp_path):
-    p = run("overhead", "--device", "cpu", "--bs", "4", "--reps", "1", "--threads", "1", "--out", "o.json", cwd=tmp_path)
+    p = run(
+        "overhead", "--device", "cpu", "--bs", "4", "--reps", "1", "--threads", "1", "--out", "o.json", cwd=tmp_path
+    )
     assert p.returncode == 0, p.stderr
     assert "selection" in p.stdout and "Wrote o.json" in p.stdout
     res = json.loads((tmp_path / "o.json").read_text())
@@ -54,15 +80,22 @@ def test_command_writes_a_result(tmp_path):
     assert res["command"] == "python -m fastsb.bench overhead --device cpu --bs 4 --reps 1 --threads 1 --out o.json"
     assert res["machine"]["threads"] == 1 and res["config"]["reps"] == 1
     assert [f.name for f in tmp_path.iterdir()] == ["o.json"]
-    assert len(bench.overhead_table(res)) == 2 * len(bench.variants) and len(bench.memory_table(res)) == len(bench.variants)
-    ax = bench.plot_overhead(res)
+    assert len(overhead.overhead_table(res)) == 2 * len(overhead.variants) and len(overhead.memory_table(res)) == len(
+        overhead.variants
+    )
+    ax = overhead.plot_overhead(res)
     run0 = res["runs"][0]
-    ends = [max(b.get_x() + b.get_width() for b in ax.patches if round(b.get_y() + b.get_height() / 2) == i) for i in range(1 + len(bench.variants))]
+    ends = [
+        max(b.get_x() + b.get_width() for b in ax.patches if round(b.get_y() + b.get_height() / 2) == i)
+        for i in range(1 + len(overhead.variants))
+    ]
     v = run0["variants"][0]
     assert ends[0] == pytest.approx(run0["train"]["median"])
-    assert ends[1] == pytest.approx(run0["score"]["median"] + v["select"]["median"] + v["gather"]["median"] + v["kept"] * run0["train"]["median"])
+    assert ends[1] == pytest.approx(
+        run0["score"]["median"] + v["select"]["median"] + v["gather"]["median"] + v["kept"] * run0["train"]["median"]
+    )
     with pytest.raises(ValueError, match="no resnet18 in fp32"):
-        bench.plot_overhead(res, model="resnet18")
+        overhead.plot_overhead(res, model="resnet18")
 
 
 def test_committed_result():
@@ -101,7 +134,7 @@ def test_committed_result():
 def test_faults(args, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        bench.main(args)
+        command.main(args)
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == ""
     assert says in err and err.startswith("fastsb.bench: ") and err.count("\n") == 1 and err.endswith(".\n")
@@ -115,14 +148,14 @@ def test_fault_from_the_shell(tmp_path):
 
 def test_faults_from_python_are_exceptions(tmp_path):
     with pytest.raises(ValueError, match="reps"):
-        bench.overhead(reps=True, out=tmp_path / "o.json")
+        overhead.overhead(reps=True, out=tmp_path / "o.json")
 
 
 def test_help(capsys):
-    bench.main(["--help"])
+    command.main(["--help"])
     assert "overhead" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
-        bench.main(["overhead", "--help"])
+        command.main(["overhead", "--help"])
     assert e.value.code == 0 and "--threads" in capsys.readouterr().out
 
 
@@ -136,14 +169,16 @@ def test_peak_bytes_of_known_work():
         b.sum().backward()  # 5 at most: the gradients of b and of a. And a few bytes for the sum and its gradient
         return x.grad
 
-    assert 5 * n * 4 <= bench.peak_bytes(work) <= 5 * n * 4 + 64
+    assert 5 * n * 4 <= overhead.peak_bytes(work) <= 5 * n * 4 + 64
 
 
 def test_peak_bytes_of_random_work():
     "Allocations and releases in random order, against a count of our own"
     rng = random.Random(0)
     peaks = []
-    old = [torch.empty(rng.randrange(1, 5000), dtype=torch.uint8) for _ in range(20)]  # neither they nor their release count
+    old = [
+        torch.empty(rng.randrange(1, 5000), dtype=torch.uint8) for _ in range(20)
+    ]  # neither they nor their release count
 
     def work():
         held, now, peak = [], 0, 0
@@ -163,7 +198,7 @@ def test_peak_bytes_of_random_work():
 
     for _ in range(3):
         left = []
-        assert bench.peak_bytes(work) == peaks[-1]
+        assert overhead.peak_bytes(work) == peaks[-1]
         left.clear()
 
 
@@ -173,7 +208,7 @@ def test_the_peak_is_not_what_remains():
             torch.empty(1_000_000, dtype=torch.uint8)
         torch.empty(10, dtype=torch.uint8)
 
-    assert bench.peak_bytes(work) == 1_000_000
+    assert overhead.peak_bytes(work) == 1_000_000
 
 
 @pytest.mark.parametrize("collect", [True, False], ids=["collected", "with garbage"])
@@ -181,9 +216,11 @@ def test_memory_beyond_a_plain_fit(collect):
     "At most two batches and 64 KiB; also if Python never collects garbage, so the callback leaves none"
     bs = 32
     allowed = 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024
-    plain = bench.fit_peak_bytes(bs=bs, collect=collect)
-    assert plain == bench.fit_peak_bytes(bs=bs, collect=collect) > bs * 3 * 32 * 32 * 4
-    extra = [bench.fit_peak_bytes(bs=bs, collect=collect, **kw) - plain for kw in (dict(seed=2), dict(exact=True, beta=2))]
+    plain = overhead.fit_peak_bytes(bs=bs, collect=collect)
+    assert plain == overhead.fit_peak_bytes(bs=bs, collect=collect) > bs * 3 * 32 * 32 * 4
+    extra = [
+        overhead.fit_peak_bytes(bs=bs, collect=collect, **kw) - plain for kw in (dict(seed=2), dict(exact=True, beta=2))
+    ]
     assert max(extra) <= allowed
     if collect:
         assert max(extra) > bs * 3 * 32 * 32 * 4  # it does see the batches that are held
@@ -200,35 +237,45 @@ def test_memory_account_sees_a_hoarder():
         hoard.append(self.learn.xb[0].clone())
         before_batch(self)
 
-    plain = bench.fit_peak_bytes(bs=bs)
+    plain = overhead.fit_peak_bytes(bs=bs)
     SB.before_batch = keep
     try:
-        extra = bench.fit_peak_bytes(bs=bs, exact=True) - plain
+        extra = overhead.fit_peak_bytes(bs=bs, exact=True) - plain
     finally:
         SB.before_batch = before_batch
     assert len(hoard) == 12 and extra > 10 * bs * 3 * 32 * 32 * 4 > 2 * bs * (3 * 32 * 32 * 4 + 8) + 64 * 1024
 
 
 def test_epoch(tmp_path, capsys):
-    out = tmp_path/'e.json'
-    bench.main(['epoch', '--dataset', 'digits', '--items', '330', '--bs', '32', '--rounds', '1', '--out', str(out)])
+    out = tmp_path / "e.json"
+    command.main(["epoch", "--dataset", "digits", "--items", "330", "--bs", "32", "--rounds", "1", "--out", str(out)])
     res = json.loads(out.read_text())
-    assert [r['workers'] for r in res['runs']] == [0, 2]
-    for r in res['runs']:
-        m = {o['method']: o for o in r['methods']}
-        assert list(m) == list(bench.epoch_methods) and all(o['lowest'] <= o['seconds'] <= o['highest'] and o['seconds'] > 0 for o in m.values())
-        assert all(o['ratio'] == pytest.approx(o['seconds']/m['plain']['seconds']) for o in m.values())
-        assert m['plain']['loaded'] == m['sb']['loaded'] == 1 and m['sb']['scored'] == 1 and m['cached']['scored'] == m['plain']['scored'] == 0
-        assert m['cached']['loaded'] == m['cached']['trained'] == pytest.approx(.5, abs=.1) and m['cached, beta=2']['loaded'] == pytest.approx(1/3, abs=.1)
-        assert m['stale=3']['scored'] == pytest.approx(1/3, abs=.02) and m['two_stage']['loaded'] == pytest.approx(.75, abs=.1)
-    assert 'of plain' in capsys.readouterr().out
+    assert [r["workers"] for r in res["runs"]] == [0, 2]
+    for r in res["runs"]:
+        m = {o["method"]: o for o in r["methods"]}
+        assert list(m) == list(epochs.epoch_methods) and all(
+            o["lowest"] <= o["seconds"] <= o["highest"] and o["seconds"] > 0 for o in m.values()
+        )
+        assert all(o["ratio"] == pytest.approx(o["seconds"] / m["plain"]["seconds"]) for o in m.values())
+        assert (
+            m["plain"]["loaded"] == m["sb"]["loaded"] == 1
+            and m["sb"]["scored"] == 1
+            and m["cached"]["scored"] == m["plain"]["scored"] == 0
+        )
+        assert m["cached"]["loaded"] == m["cached"]["trained"] == pytest.approx(0.5, abs=0.1) and m["cached, beta=2"][
+            "loaded"
+        ] == pytest.approx(1 / 3, abs=0.1)
+        assert m["stale=3"]["scored"] == pytest.approx(1 / 3, abs=0.02) and m["two_stage"]["loaded"] == pytest.approx(
+            0.75, abs=0.1
+        )
+    assert "of plain" in capsys.readouterr().out
 
 
 def test_the_committed_epochs():
     "What the README quotes is what its file says, and holds what was asked of it"
-    res = json.loads((Path(__file__).parent.parent/'nbs/results/epoch.json').read_text())
-    assert res['config']['data'] != 'digits' and res['command'].startswith('python -m fastsb.bench epoch')
-    for r in res['runs']:
-        m = {o['method']: o for o in r['methods']}
-        assert all(o['ratio'] == pytest.approx(o['seconds']/m['plain']['seconds']) for o in m.values())
-        assert m['cached']['ratio'] <= .55 and m['cached, beta=2']['ratio'] <= .40
+    res = json.loads((Path(__file__).parent.parent / "nbs/results/epoch.json").read_text())
+    assert res["config"]["data"] != "digits" and res["command"].startswith("python -m fastsb.bench epoch")
+    for r in res["runs"]:
+        m = {o["method"]: o for o in r["methods"]}
+        assert all(o["ratio"] == pytest.approx(o["seconds"] / m["plain"]["seconds"]) for o in m.values())
+        assert m["cached"]["ratio"] <= 0.55 and m["cached, beta=2"]["ratio"] <= 0.40

@@ -1,4 +1,5 @@
-"The equal-time protocol: its accounts, its budgets, its file and its statistics. Nothing here looks at how long anything took."
+"The equal-time protocol: its accounts, budgets, file and tables. Nothing here looks at how long anything took."
+
 import json
 import math
 
@@ -11,13 +12,16 @@ from fastai.basics import set_seed
 from fastai.callback.core import Callback
 from scipy import stats
 
-from fastsb import bench
-from fastsb import equal_time as et
+from fastsb.bench import budget as budgets
+from fastsb.bench import command, contestants, intervals, pictures, prices, regression, tables
+from fastsb.bench import runs as bench_runs
+from fastsb.bench import task as tasks
 from fastsb.callback import SelectiveBackpropCallback
 from fastsb.score import Proxy, Scorer
 
+NAMES = [prices.price_name(s) for s in (Scorer(), Scorer(size=0.5))]
 COSTS = dict(train={"8": 0.4, "16": 0.6, "32": 1.0}, load=0.01, select=0.05, observe=0.02, remember=0.03, choose=0.001,
-             score={et.price_name(s): dict(item=0.005, learn=0.0) for s in (Scorer(), Scorer(size=0.5))})  # fmt: skip
+             score={k: dict(item=0.005, learn=0.0) for k in NAMES})  # fmt: skip
 SMALL = dict(width=4, bs=32)
 
 
@@ -27,7 +31,7 @@ def quiet(monkeypatch, tmp_path):
 
 
 def task(items=160, seed=0, **kw):
-    return et.Task(et.configuration(items=items, **SMALL, **kw), seed, "cpu")
+    return tasks.Task(tasks.configuration(items=items, **SMALL, **kw), seed, "cpu")
 
 
 class Count(Callback):
@@ -60,7 +64,7 @@ METHODS = {
     "plain": None,
     "sb": dict(exact=False),
     "cached": dict(score="cached", start=0.1, end=0.9),
-    "prune": dict(selector=et.TopK(0.5), batching="prune"),
+    "prune": dict(selector=contestants.TopK(0.5), batching="prune"),
     "stale": dict(stale=3),
     "two_stage": dict(score="two_stage"),
 }
@@ -74,7 +78,7 @@ def fit(kw, budget, d=None, seed=0, cbs=()):
         learn.selective_backprop(**fresh(**kw))
     count = Count()
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(et.endless, 0.1, cbs=[budget, count, et._NoValidation(), *cbs])
+        learn.fit_one_cycle(budgets.endless, 0.1, cbs=[budget, count, prices.NoValidation(), *cbs])
     return learn, count
 
 
@@ -84,8 +88,8 @@ def fit(kw, budget, d=None, seed=0, cbs=()):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_counts_what_is_done_and_ends_within_a_step(name):
     kw, d = METHODS[name], task()
-    plain = et.epoch_seconds(COSTS, len(d.x), 32)
-    budget = et.Budget(5.3 * plain, COSTS)
+    plain = prices.epoch_seconds(COSTS, len(d.x), 32)
+    budget = budgets.Budget(5.3 * plain, COSTS)
     learn, seen = fit(kw, budget, d)
     c = budget.counts
     assert {int(k): v for k, v in c["steps"].items()} == pd.Series(seen.trained_rows).value_counts().to_dict()
@@ -93,11 +97,15 @@ def test_a_budget_counts_what_is_done_and_ends_within_a_step(name):
     uncharged = seen.loaded[:-1] if sum(seen.loaded) > c["loads"] else seen.loaded  # the batch that the fit ends before
     assert c["loads"] == sum(uncharged)
     price = dict(zip((8, 16, 32), (0.4, 0.6, 1.0)))
-    mine = sum(np.interp(r, [0, *price], [0.2, *price.values()]) for r in seen.trained_rows)  # the first segment, drawn to no rows at all, ends at 0.2
+    mine = sum(
+        np.interp(r, [0, *price], [0.2, *price.values()]) for r in seen.trained_rows
+    )  # the first segment, drawn to no rows at all, ends at 0.2
     mine += 0.01 * sum(uncharged) + 0.005 * sum(seen.scored_rows) + 0.05 * len(seen.scored_rows)
     extra = 0.02 * c["observed"] + 0.03 * c["remembered"] + 0.001 * c["chosen"]
     assert budget.spent == pytest.approx(mine + extra)
-    assert budget.spent == pytest.approx(et.spent(json.loads(json.dumps(c)), COSTS)), "recomputed from what is in a file"
+    assert budget.spent == pytest.approx(prices.spent(json.loads(json.dumps(c)), COSTS)), (
+        "recomputed from what is in a file"
+    )
     step = 1.0 + 32 * 0.015 + 0.05 + 0.02 + 2 * 0.03 + 0.001 * len(d.x)
     assert budget.seconds * (1 - 1e-9) <= budget.spent < budget.seconds + step
     if name == "plain":
@@ -106,14 +114,48 @@ def test_a_budget_counts_what_is_done_and_ends_within_a_step(name):
         assert c["chosen"] and c["chosen"] % len(d.x) == 0 and c["remembered"] >= len(seen.trained_rows)
         assert sum(uncharged) < (learn.epoch + 1) * len(d.x) - 32
     else:
-        assert c["chosen"] == c["remembered"] == 0 and c["observed"] == 5 and c["offered"] == len(uncharged)  # the first epoch trains on everything
+        assert (
+            c["chosen"] == c["remembered"] == 0 and c["observed"] == 5 and c["offered"] == len(uncharged)
+        )  # the first epoch trains on everything
     if name == "cached":
         assert c["fp"] == 0 and learn.epoch > 5
 
 
+class SeesSteps(budgets.Budget):
+    "A budget that is told of the batches that are trained on, and of no other"
+
+    order, name = -8.5, "sees_steps"
+
+    def before_batch(self):
+        if budgets.chooser(self.learn) is None:
+            super().before_batch()
+
+    def after_batch(self):
+        if len(self.yb):
+            super().after_batch()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_need_not_see_what_is_not_trained(name):
+    "However many batches are scored between two steps: the counts are those of a budget that sees each of them"
+    blind = SeesSteps(1e9, COSTS, examples=700)
+    budget = budgets.Budget(1e9, COSTS, examples=700)
+    fit(METHODS[name], budget, cbs=[blind])
+    assert blind.counts == budget.counts and blind.trained == budget.trained >= 700
+    assert budget.counts["loads"] >= 700 or name in ("stale", "cached", "two_stage")
+
+
+def test_a_choice_is_charged_where_one_was_made():
+    "Not in the first epoch, and not in the last ones, which are whole"
+    budget = budgets.Budget(1e9, COSTS, examples=1600)
+    learn, _ = fit(dict(score="cached", start=0.2, end=0.7), budget)
+    short = (learn.sb.log.loads < learn.sb.log.candidates).sum()
+    assert budget.counts["chosen"] == short * 160 and 0 < short < len(learn.sb.log)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_schedules_follow_the_budget(name):
-    budget = et.Budget(20.0, COSTS)
+    budget = budgets.Budget(20.0, COSTS)
     learn, seen = fit(METHODS[name], budget)
     pcts = seen.pcts[1:]  # the first comes before fastai has set it
     assert all(a <= b + 1e-12 for a, b in zip(pcts, pcts[1:])) and 0 < pcts[0] < 0.2
@@ -127,7 +169,7 @@ def test_schedules_follow_the_budget(name):
 
 
 def test_a_fixed_number_of_examples():
-    budget = et.Budget(1e9, COSTS, examples=400)
+    budget = budgets.Budget(1e9, COSTS, examples=400)
     _, seen = fit(dict(exact=True), budget)
     assert sum(seen.trained_rows[:-1]) < 400 <= sum(seen.trained_rows) == budget.trained
 
@@ -135,11 +177,11 @@ def test_a_fixed_number_of_examples():
 @pytest.mark.parametrize("name", METHODS)
 def test_the_learner_is_left_clean(name):
     d, kw = task(), METHODS[name]
-    budget = et.Budget(7.7, COSTS)
+    budget = budgets.Budget(7.7, COSTS)
     learn, seen = fit(kw, budget, d)
     dl, metrics = learn.dls.train, list(learn.metrics)
     assert "get_idxs" not in vars(dl) and len(dl) == 5 and dl.n == 160 and not metrics
-    assert not [cb for cb in learn.cbs if isinstance(cb, (et.Budget, Count))] and "_with_events" not in vars(learn)
+    assert not [cb for cb in learn.cbs if isinstance(cb, (budgets.Budget, Count))] and "_with_events" not in vars(learn)
     with learn.no_bar(), learn.no_logging():
         learn.remove_cb(SelectiveBackpropCallback)
         spy = Spy()
@@ -149,25 +191,27 @@ def test_the_learner_is_left_clean(name):
 
 
 def test_every_callback_has_finished_with_the_last_batch():
-    budget = et.Budget(7.7, COSTS)
+    budget = budgets.Budget(7.7, COSTS)
     learn, seen = fit(None, budget)
-    assert len(learn.recorder.losses) == len(learn.recorder.lrs) == len(seen.trained_rows) == len(learn.recorder.hps["lr"])
+    assert (
+        len(learn.recorder.losses) == len(learn.recorder.lrs) == len(seen.trained_rows) == len(learn.recorder.hps["lr"])
+    )
 
 
 def test_what_was_spent_before_counts():
-    before = dict(et.no_counts(), steps={32: 3}, loads=96)
-    budget = et.Budget(20.0, COSTS, counts=before)
+    before = dict(prices.no_counts(), steps={32: 3}, loads=96)
+    budget = budgets.Budget(20.0, COSTS, counts=before)
     _, seen = fit(None, budget)
     assert budget.spent == pytest.approx(3 + 0.96 + sum(1.0 + 0.32 for _ in seen.trained_rows))
     assert seen.lrs[0] == pytest.approx(0.1 / 25) and 20 <= budget.spent < 21.4
     assert before["steps"] == {32: 3}, "what is passed is not changed"
     with pytest.raises(ValueError, match="nothing is left of seconds=2"):
-        et.Budget(2.0, COSTS, counts=before)
+        budgets.Budget(2.0, COSTS, counts=before)
 
 
 def test_a_learning_rate_search_is_not_limited():
     learn = task().learner()
-    learn.add_cb(et.Budget(0.5, COSTS))
+    learn.add_cb(budgets.Budget(0.5, COSTS))
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=8, show_plot=False, stop_div=False)
     assert len(learn.recorder.lrs) == 8
@@ -175,20 +219,24 @@ def test_a_learning_rate_search_is_not_limited():
 
 def test_train_seconds():
     rows = [4, 8, 12, 16, 24, 32, 40]
-    assert et.train_seconds(COSTS, rows) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2])
+    assert prices.train_seconds(COSTS, rows) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2])
     noisy = dict(train={"8": 0.7, "16": 0.6, "32": 1.0})  # fewer rows never cost more
-    assert et.train_seconds(noisy, [8, 16, 24]) == pytest.approx([0.7, 0.7, 0.85])
+    assert prices.train_seconds(noisy, [8, 16, 24]) == pytest.approx([0.7, 0.7, 0.85])
     steep = dict(train={"8": 0.1, "16": 0.4})  # a straight line would go below nothing
-    assert et.train_seconds(steep, [2, 4, 8]) == pytest.approx([0.025, 0.05, 0.1])
-    assert et.train_seconds(dict(train={"8": 0.4}), [4, 16]) == pytest.approx([0.2, 0.8])
+    assert prices.train_seconds(steep, [2, 4, 8]) == pytest.approx([0.025, 0.05, 0.1])
+    assert prices.train_seconds(dict(train={"8": 0.4}), [4, 16]) == pytest.approx([0.2, 0.8])
 
 
 def test_epoch_seconds_is_what_plain_training_costs():
     for items in (160, 170, 161):  # 161: a last batch of one row is left out
         d = task(items)
-        budget = et.Budget(2 * et.epoch_seconds(COSTS, items, 32), COSTS)
+        budget = budgets.Budget(2 * prices.epoch_seconds(COSTS, items, 32), COSTS)
         learn, _ = fit(None, budget, d)
-        assert budget.spent == pytest.approx(budget.seconds) and learn.epoch == 1 and budget.counts["loads"] == 2 * (items - (items == 161))
+        assert (
+            budget.spent == pytest.approx(budget.seconds)
+            and learn.epoch == 1
+            and budget.counts["loads"] == 2 * (items - (items == 161))
+        )
 
 
 @pytest.mark.parametrize(
@@ -204,32 +252,40 @@ def test_epoch_seconds_is_what_plain_training_costs():
 )
 def test_wrong_budgets(kw, says):
     with pytest.raises(ValueError, match=says):
-        et.Budget(**{**dict(seconds=1.0, costs=COSTS), **kw})
+        budgets.Budget(**{**dict(seconds=1.0, costs=COSTS), **kw})
 
 
 def test_a_scorer_without_a_price():
-    with pytest.raises(ValueError, match=r"no price of Scorer\(precision='bf16'\), only of Scorer\(\), Scorer\(size=0.5\)"):
-        fit(dict(score=Scorer(precision="bf16")), et.Budget(10.0, COSTS))
+    with pytest.raises(
+        ValueError, match=r"no price of Scorer\(precision='bf16'\), only of Scorer\(\), Scorer\(size=0.5\)"
+    ):
+        fit(dict(score=Scorer(precision="bf16")), budgets.Budget(10.0, COSTS))
 
 
 def test_measured_prices():
     d = task()
-    proxy = Proxy(et.small_resnet(1, 10, 4), every=2)
-    c = et.measure_costs(d.dls(), d.model(), "fp32", (Scorer(), proxy, et.Doubtful(0.4)), reps=2)
+    proxy = Proxy(tasks.small_resnet(1, 10, 4), every=2)
+    c = prices.measure_costs(d.dls(), d.model(), "fp32", (Scorer(), proxy, contestants.Doubtful(0.4)), reps=2)
     assert list(c["train"]) == ["8", "16", "32"] and set(c) == set(COSTS)
-    assert set(c["score"]) == {"Scorer()", et.price_name(proxy), "Doubtful(share=0.4)"} and "parameters" in et.price_name(proxy)
-    assert all(v > 0 for v in c["train"].values()) and all(c[k] > 0 for k in ("load", "select", "observe", "remember", "choose"))
+    assert set(c["score"]) == {
+        "Scorer()",
+        prices.price_name(proxy),
+        "Doubtful(share=0.4)",
+    } and "parameters" in prices.price_name(proxy)
+    assert all(v > 0 for v in c["train"].values()) and all(
+        c[k] > 0 for k in ("load", "select", "observe", "remember", "choose")
+    )
     assert all(v["item"] > 0 for v in c["score"].values())
     assert [v["learn"] > 0 for v in c["score"].values()] == [False, True, False]
     with pytest.raises(ValueError, match="20 training images do not fill a batch of bs=32"):
-        et.measure_costs(d.dls(range(20)), d.model())
+        prices.measure_costs(d.dls(range(20)), d.model())
 
 
 def test_validating_leaves_no_trace():
     learn = task().learner()
     learn.model.train()
     state = everything(learn.model)
-    loss, acc = et.evaluate(learn)
+    loss, acc = budgets.evaluate(learn)
     assert same(state, everything(learn.model))
     learn.model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,24 +300,36 @@ def test_validating_leaves_no_trace():
 
 def test_each_method_runs_and_they_are_pairs(capsys):
     "Every method of the table: the same initial weights, the budget kept to, and recomputable from its line"
-    config = et.configuration(items=320, **SMALL)
-    d = et.Task(config, 0, "cpu")
-    scorers = [s for m in et.methods if (s := et.method_settings(m, d)[1]) is not None]
-    costs = dict(COSTS, score={et.price_name(s): dict(item=0.004, learn=0.01 if s.learns else 0.0) for s in scorers})
+    config = tasks.configuration(items=320, **SMALL)
+    d = tasks.Task(config, 0, "cpu")
+    scorers = [s for m in contestants.methods if (s := contestants.method_settings(m, d)[1]) is not None]
+    costs = dict(
+        COSTS, score={prices.price_name(s): dict(item=0.004, learn=0.01 if s.learns else 0.0) for s in scorers}
+    )
     lines = {}
-    for m in et.methods:
-        r = json.loads(json.dumps(et.run(config, m, 0, 3, costs, "cpu")))
+    for m in contestants.methods:
+        r = json.loads(json.dumps(bench_runs.run(config, m, 0, 3, costs, "cpu")))
         lines[m] = r
         assert r["budget_s"] * 0.999999 <= r["spent_s"] < r["budget_s"] + 2.0, m
-        assert et.spent(r["counts"], costs) == pytest.approx(r["spent_s"]), m
-        assert r["curve"][-1][2:] == [r["loss"], r["accuracy"]] and r["curve"][-1][0] == r["spent_s"] and len(r["curve"]) <= 8, m
+        assert prices.spent(r["counts"], costs) == pytest.approx(r["spent_s"]), m
+        assert (
+            r["curve"][-1][2:] == [r["loss"], r["accuracy"]]
+            and r["curve"][-1][0] == r["spent_s"]
+            and len(r["curve"]) <= 8
+        ), m
         assert [c[0] for c in r["curve"]] == sorted({c[0] for c in r["curve"]})
         assert set(r["versions"]) and set(r["machine"]) and r["wall_s"] > 0
     assert len({r["init"] for r in lines.values()}) == 1
-    assert et.run(config, "plain", 1, 1, costs, "cpu")["init"] != lines["plain"]["init"]
-    assert lines["plain"]["kept"] == lines["plain"]["loaded"] == 1 and lines["plain"]["scored"] == 0 and lines["plain"]["epochs"] == 3
+    assert bench_runs.run(config, "plain", 1, 1, costs, "cpu")["init"] != lines["plain"]["init"]
+    assert (
+        lines["plain"]["kept"] == lines["plain"]["loaded"] == 1
+        and lines["plain"]["scored"] == 0
+        and lines["plain"]["epochs"] == 3
+    )
     assert lines["random"]["scored"] == 0 and lines["random"]["loaded"] < 0.8
-    assert lines["random_scores"]["scored"] == 0 and lines["random_scores"]["settings"] == dict(selector="RandomScores(keep=0.5)")
+    assert lines["random_scores"]["scored"] == 0 and lines["random_scores"]["settings"] == dict(
+        selector="RandomScores(keep=0.5)"
+    )
     assert lines["rho"]["counts"]["fp"] > 288 and lines["rho"]["loaded"] == 1 and lines["rho"]["scored"] > 0.5
     assert "UserWarning" not in capsys.readouterr().err
 
@@ -272,23 +340,31 @@ def test_what_is_held_out():
     trained = []
     learner = d.learner
     d.learner = lambda items: trained.append(items) or learner(items)
-    selector, rest, counts = et.HeldOut(keep=0.5, share=0.1).prepare(d, 60.0, COSTS)
-    assert len(rest) == len(selector.irreducible) == 288 and len(trained[0]) == 32 and set(trained[0]) | set(rest) == set(range(320))
-    assert counts["fp"] == 288 and counts["steps"] == {32: counts["loads"] // 32} and 6 <= et.spent(dict(counts, fp=0), COSTS) < 6 + 1.32
+    selector, rest, counts = contestants.HeldOut(keep=0.5, share=0.1).prepare(d, 60.0, COSTS)
+    assert (
+        len(rest) == len(selector.irreducible) == 288
+        and len(trained[0]) == 32
+        and set(trained[0]) | set(rest) == set(range(320))
+    )
+    assert (
+        counts["fp"] == 288
+        and counts["steps"] == {32: counts["loads"] // 32}
+        and 6 <= prices.spent(dict(counts, fp=0), COSTS) < 6 + 1.32
+    )
     learn = learner(rest)
     learn.selective_backprop(**fresh(selector=selector, batching="prune"))
-    budget = et.Budget(60.0, COSTS, counts=counts)
+    budget = budgets.Budget(60.0, COSTS, counts=counts)
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(et.endless, 0.1, cbs=budget)
+        learn.fit_one_cycle(budgets.endless, 0.1, cbs=budget)
     assert 60 <= budget.spent < 62 and budget.counts["fp"] > 288 and counts["fp"] == 288
 
 
 def test_two_halves_that_judge_each_other():
-    "Each item's irreducible loss is from the model that did not train on it, all items are trained on, and nothing is charged"
+    "Irreducible losses are of the model that did not train on the item; all items are trained on, nothing is charged"
     d = task(items=320, precision="fp32")
     made, learner = [], d.learner
     d.learner = lambda items: made.append((items, learner(items))) or made[-1][1]
-    selector, rest, counts = et.CrossFitted(keep=0.5).prepare(d, 30.0, COSTS)
+    selector, rest, counts = contestants.CrossFitted(keep=0.5).prepare(d, 30.0, COSTS)
     (a, first), (b, second) = made
     assert rest is None and counts is None and len(a) == len(b) == 160 and sorted([*a, *b]) == list(range(320))
     for items, learn in ((b, first), (a, second)):
@@ -297,74 +373,96 @@ def test_two_halves_that_judge_each_other():
             x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in batches]) for i in (0, 1))
             ref = torch.nn.functional.cross_entropy(learn.model.eval()(x), y, reduction="none")
         assert torch.allclose(selector.irreducible[items], ref, atol=1e-4)
-    r = et.run(et.configuration(items=320, **SMALL), "rho_free", 0, 3, COSTS, "cpu")
+    r = bench_runs.run(tasks.configuration(items=320, **SMALL), "rho_free", 0, 3, COSTS, "cpu")
     assert r["items"] == 320 and r["loaded"] == 1 and r["settings"]["selector"] == "CrossFitted(keep=0.5)"
-    assert r["counts"]["fp"] == r["counts"]["loads"] - 320 and et.spent(r["counts"], COSTS) == pytest.approx(r["spent_s"])
+    assert r["counts"]["fp"] == r["counts"]["loads"] - 320 and prices.spent(r["counts"], COSTS) == pytest.approx(
+        r["spent_s"]
+    )
 
 
 def test_the_same_run_again_is_the_same():
-    config = et.configuration(items=160, **SMALL, noise=0.1)
-    a, b = (et.run(config, "cached", 3, 2, COSTS, "cpu") for _ in range(2))
-    assert [a[k] for k in ("accuracy", "loss", "counts", "curve", "init")] == [b[k] for k in ("accuracy", "loss", "counts", "curve", "init")]
+    config = tasks.configuration(items=160, **SMALL, noise=0.1)
+    a, b = (bench_runs.run(config, "cached", 3, 2, COSTS, "cpu") for _ in range(2))
+    assert [a[k] for k in ("accuracy", "loss", "counts", "curve", "init")] == [
+        b[k] for k in ("accuracy", "loss", "counts", "curve", "init")
+    ]
 
 
 def test_random_scores_are_random_and_their_own():
     state, losses = torch.get_rng_state(), torch.arange(64.0)
-    a, again = et.RandomScores(0.5), et.RandomScores(0.5)
+    a, again = contestants.RandomScores(0.5), contestants.RandomScores(0.5)
     first, second = a.measure(losses), a.measure(losses)
-    assert (first != second).all() and torch.equal(again.measure(losses), first) and torch.equal(state, torch.get_rng_state())
+    assert (
+        (first != second).all()
+        and torch.equal(again.measure(losses), first)
+        and torch.equal(state, torch.get_rng_state())
+    )
     assert torch.equal(a.select(first).idx.sort().values, first.topk(32).indices.sort().values)  # as remembered
 
 
 def test_batchnorm_statistics_of_all_candidates():
     "In between stand training steps, which the statistics forget; scores are those of training mode"
-    model, alone, g = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)), torch.nn.BatchNorm1d(3), torch.Generator().manual_seed(0)
-    scorer, loss = et.BatchNormOfAll(), torch.nn.CrossEntropyLoss()
+    model, alone, g = (
+        torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)),
+        torch.nn.BatchNorm1d(3),
+        torch.Generator().manual_seed(0),
+    )
+    scorer, loss = contestants.BatchNormOfAll(), torch.nn.CrossEntropyLoss()
     for i in range(4):
         x, y = torch.randn(8, 3, generator=g) + i, torch.arange(8) % 2
         scores, *_ = scorer((x, y), model, loss)
         ref = torch.nn.functional.cross_entropy(model[1](alone(x)), y, reduction="none")
-        assert torch.allclose(scores, ref, atol=1e-6) and all(m.training for m in model.modules()) and not scores.requires_grad
-        assert torch.equal(model[0].running_mean, alone.running_mean) and torch.equal(model[0].running_var, alone.running_var)
+        assert (
+            torch.allclose(scores, ref, atol=1e-6)
+            and all(m.training for m in model.modules())
+            and not scores.requires_grad
+        )
+        assert torch.equal(model[0].running_mean, alone.running_mean) and torch.equal(
+            model[0].running_var, alone.running_var
+        )
         model(x[:4] + 9)  # a training step
         assert not torch.equal(model[0].running_mean, alone.running_mean)
 
 
 def test_a_method_is_one_line(monkeypatch):
-    monkeypatch.setitem(et.methods, "mine", lambda d: dict(beta=3.0, lr_times=0.5))
+    monkeypatch.setitem(contestants.methods, "mine", lambda d: dict(beta=3.0, lr_times=0.5))
     d = task()
-    kw, scorer, times = et.method_settings("mine", d)
-    assert kw == dict(beta=3.0) and et.price_name(scorer) == "Scorer()" and times == 0.5
-    assert et.settings_of("mine", d) == dict(beta=3.0, lr_times=0.5)
+    kw, scorer, times = contestants.method_settings("mine", d)
+    assert kw == dict(beta=3.0) and prices.price_name(scorer) == "Scorer()" and times == 0.5
+    assert contestants.settings_of("mine", d) == dict(beta=3.0, lr_times=0.5)
     lrs = []
 
-    class Rates(et.Curve):
+    class Rates(budgets.Curve):
         def after_batch(self):
             super().after_batch()
             lrs.append(self.opt.hypers[-1]["lr"])
 
-    monkeypatch.setattr(et, "Curve", Rates)
-    et.run(d.config, "mine", 0, 2, COSTS, "cpu")
+    monkeypatch.setattr(bench_runs, "Curve", Rates)
+    bench_runs.run(d.config, "mine", 0, 2, COSTS, "cpu")
     assert 0.03 < max(lrs) <= 0.05
 
 
 def test_wrong_labels():
     y = np.arange(1000) % 10
     for share in (0, 0.1, 0.25, 1):
-        z = et.wrong_labels(y, share, 10, seed=1)
+        z = tasks.wrong_labels(y, share, 10, seed=1)
         assert (z != y).sum() == 1000 * share and z.min() >= 0 and z.max() <= 9
-    z = et.wrong_labels(y, 1, 10, seed=1)
-    assert stats.chisquare(np.bincount((z - y) % 10, minlength=10)[1:]).pvalue > 0.01  # uniform over the other nine classes
+    z = tasks.wrong_labels(y, 1, 10, seed=1)
+    assert (
+        stats.chisquare(np.bincount((z - y) % 10, minlength=10)[1:]).pvalue > 0.01
+    )  # uniform over the other nine classes
     assert (y == np.arange(1000) % 10).all()
     with pytest.raises(ValueError, match="at least 2 classes"):
-        et.wrong_labels(y * 0, 0.1, 1, seed=1)
+        tasks.wrong_labels(y * 0, 0.1, 1, seed=1)
 
 
 def test_wrong_labels_are_in_the_training_set_only():
     clean, noisy, other = task(), task(noise=0.25), task(noise=0.25, seed=1)
     assert (noisy.y != clean.y).sum() == 40 and (clean.yt == noisy.yt).all() and (clean.x == noisy.x).all()
     assert (noisy.y != other.y).any() and (task(noise=0.25).y == noisy.y).all()
-    assert (noisy.dls().valid.dataset.y.numpy() == clean.yt).all() and (noisy.dls().train.dataset.y.numpy() == noisy.y).all()
+    assert (noisy.dls().valid.dataset.y.numpy() == clean.yt).all() and (
+        noisy.dls().train.dataset.y.numpy() == noisy.y
+    ).all()
     assert noisy.n_out == noisy.dls().c == 10
 
 
@@ -372,19 +470,24 @@ def npz(**more):
     rng = np.random.default_rng(0)
     x = lambda n: rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
     np.savez("a.npz", x_train=x(96), y_train=np.arange(96) % 3, x_test=x(30), y_test=np.arange(30) % 3, **more)
-    et._arrays.cache_clear()
+    tasks.arrays.cache_clear()
 
 
 def test_other_labels():
     npz(worse=(np.arange(96) + 1) % 3, short=np.zeros(5, int))
-    config = et.configuration(data="a.npz", labels="worse", **SMALL)
-    d = et.Task(config, 0, "cpu", data="a.npz")
-    assert (d.y == (np.arange(96) + 1) % 3).all() and (d.yt == np.arange(30) % 3).all() and config["data"] == "a.npz" and config["augment"]
-    assert config["checksum"] != et.configuration(data="a.npz", **SMALL)["checksum"]
+    config = tasks.configuration(data="a.npz", labels="worse", **SMALL)
+    d = tasks.Task(config, 0, "cpu", data="a.npz")
+    assert (
+        (d.y == (np.arange(96) + 1) % 3).all()
+        and (d.yt == np.arange(30) % 3).all()
+        and config["data"] == "a.npz"
+        and config["augment"]
+    )
+    assert config["checksum"] != tasks.configuration(data="a.npz", **SMALL)["checksum"]
     with pytest.raises(ValueError, match="no 'best' among the arrays of a.npz"):
-        et.configuration(data="a.npz", labels="best", **SMALL)
+        tasks.configuration(data="a.npz", labels="best", **SMALL)
     with pytest.raises(ValueError, match="'short' must be 96 integers"):
-        et.configuration(data="a.npz", labels="short", **SMALL)
+        tasks.configuration(data="a.npz", labels="short", **SMALL)
 
 
 def test_the_items_are_those_of_a_fixed_permutation():
@@ -402,59 +505,63 @@ def lines(name="o.jsonl"):
 
 
 def test_resumable(capsys, monkeypatch):
-    assert et.equal_time(**GRID) == 8
+    assert bench_runs.equal_time(**GRID) == 8
     first = capsys.readouterr().out
     runs = [r for r in lines() if r["kind"] == "run"]
     # all seeds and methods of a budget come before the next budget
-    assert [(r["budget"], r["seed"], r["method"]) for r in runs] == [(b, s, m) for b in (1, 2) for s in (0, 1) for m in ("plain", "sb")]
+    assert [(r["budget"], r["seed"], r["method"]) for r in runs] == [
+        (b, s, m) for b in (1, 2) for s in (0, 1) for m in ("plain", "sb")
+    ]
     assert "[8/8]" in first and "to go" in first and [r["kind"] for r in lines()].count("costs") == 1
     before = open("o.jsonl").read()
-    monkeypatch.setattr(et, "run", None)  # nothing may run any more
-    monkeypatch.setattr(et, "measure_costs", None)
-    assert et.equal_time(**GRID) == 0 and open("o.jsonl").read() == before
+    monkeypatch.setattr(bench_runs, "run", None)  # nothing may run any more
+    monkeypatch.setattr(bench_runs, "measure_costs", None)
+    assert bench_runs.equal_time(**GRID) == 0 and open("o.jsonl").read() == before
     assert "8 runs, 8 of them done already" in capsys.readouterr().out
 
 
 def test_what_is_new_is_run(capsys):
-    et.equal_time(**{**GRID, "budgets": "1", "seeds": 1})
-    assert et.equal_time(**{**GRID, "budgets": "1,1.5", "seeds": 1}) == 2
-    assert et.equal_time(**{**GRID, "budgets": "1", "seeds": 2}) == 2
-    assert et.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "lr": 0.05}) == 2
-    assert et.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "methods": "sb,cached"}) == 1
+    bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 1})
+    assert bench_runs.equal_time(**{**GRID, "budgets": "1,1.5", "seeds": 1}) == 2
+    assert bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 2}) == 2
+    assert bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "lr": 0.05}) == 2
+    assert bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "methods": "sb,cached"}) == 1
     costs = [r for r in lines() if r["kind"] == "costs"]
     assert len(costs) == 1  # prices do not depend on the learning rate, and cached asks for the same
-    et.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "methods": "topk_half_50"})
+    bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "methods": "topk_half_50"})
     costs = [r["costs"] for r in lines() if r["kind"] == "costs"]
     assert len(costs) == 2 and set(costs[1]["score"]) == {"Scorer()", "Scorer(size=0.5)"}
-    assert {**costs[1], "score": 0} == {**costs[0], "score": 0} and costs[1]["score"]["Scorer()"] == costs[0]["score"]["Scorer()"]
+    assert {**costs[1], "score": 0} == {**costs[0], "score": 0} and costs[1]["score"]["Scorer()"] == costs[0]["score"][
+        "Scorer()"
+    ]
 
 
 def test_a_broken_line_is_told_of_and_done_again(capsys):
     grid = {**GRID, "budgets": "1", "seeds": 1}
-    et.equal_time(**grid)
+    bench_runs.equal_time(**grid)
     text = open("o.jsonl").read()
     open("o.jsonl", "w").write(text[:-200])  # as if a write had been cut off
     capsys.readouterr()
-    assert et.equal_time(**grid) == 1
+    assert bench_runs.equal_time(**grid) == 1
     assert "o.jsonl: line 3 is broken" in capsys.readouterr().out
-    good = [r for r in et.read_lines("o.jsonl") if r["kind"] == "run"]
+    good = [r for r in bench_runs.read_lines("o.jsonl") if r["kind"] == "run"]
     assert [r["method"] for r in good] == ["plain", "sb"] and len(open("o.jsonl").read().splitlines()) == 4
-    assert len(et.load_runs("o.jsonl")) == 2
+    assert len(bench_runs.load_runs("o.jsonl")) == 2
 
 
 def test_two_processes(capsys):
-    assert et.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "jobs": 2}) == 2
+    assert bench_runs.equal_time(**{**GRID, "budgets": "1", "seeds": 1, "jobs": 2}) == 2
     par = {r["method"]: r for r in lines() if r["kind"] == "run"}
     costs = next(r["costs"] for r in lines() if r["kind"] == "costs")
-    alone = et.run(par["sb"]["config"], "sb", 0, 1, costs, "cpu")
+    alone = bench_runs.run(par["sb"]["config"], "sb", 0, 1, costs, "cpu")
     assert (alone["init"], alone["counts"]["loads"]) == (par["sb"]["init"], par["sb"]["counts"]["loads"])
     assert alone["loss"] == pytest.approx(par["sb"]["loss"], rel=1e-3) and par["sb"]["machine"]["threads"] == 1
 
 
 def test_the_papers_protocol():
-    et.equal_time(**{**GRID, "budgets": "4", "seeds": 1, "methods": None, "protocol": "paper"})
+    bench_runs.equal_time(**{**GRID, "budgets": "4", "seeds": 1, "methods": None, "protocol": "paper"})
     runs = {r["method"]: r for r in lines() if r["kind"] == "run"}
-    assert list(runs) == et.protocols["paper"]
+    assert list(runs) == contestants.usual["paper"]
     assert runs["plain"]["epochs"] == 4 and len(runs["plain"]["curve"]) == 4  # validated after each epoch
     for r in runs.values():
         trained = sum(int(k) * n for k, n in r["counts"]["steps"].items())
@@ -465,14 +572,14 @@ def test_the_papers_protocol():
 def test_the_papers_schedule(monkeypatch):
     seen = []
 
-    class Rates(et.Curve):
+    class Rates(budgets.Curve):
         def after_batch(self):
             super().after_batch()
             seen.append((self.learn.budget.trained, self.opt.hypers[-1]["lr"]))
 
-    monkeypatch.setattr(et, "Curve", Rates)
+    monkeypatch.setattr(bench_runs, "Curve", Rates)
     d = task(items=320, protocol="paper")
-    et.run(d.config, "plain", 0, 10, COSTS, "cpu")
+    bench_runs.run(d.config, "plain", 0, 10, COSTS, "cpu")
     at = {n: lr for n, lr in seen}
     for n, lr in at.items():  # n rows have been trained on after the step with this rate
         begun = (n - 32) / 3200
@@ -516,56 +623,42 @@ def test_faults(args, says, capsys, tmp_path):
     faulty("equal_time", args, says, capsys, tmp_path)
 
 
-def faulty(command, args, says, capsys, tmp_path):
+def faulty(name, args, says, capsys, tmp_path):
     "The command ends with one sentence, and has written nothing"
     with pytest.raises(SystemExit) as e:
-        bench.main([command, "--out", "o.jsonl", *args])
+        command.main([name, "--out", "o.jsonl", *args])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == ""
     assert says in err and err.startswith("fastsb.bench: ") and err.count("\n") == 1 and err.endswith(".\n")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args,says", [(["--files", "none.jsonl"], "there is no file 'none.jsonl'"), (["--files", "empty.jsonl"], "no finished run")])
+@pytest.mark.parametrize(
+    "args,says",
+    [(["--files", "none.jsonl"], "there is no file 'none.jsonl'"), (["--files", "empty.jsonl"], "no finished run")],
+)
 def test_faults_of_the_report(args, says, capsys):
     open("empty.jsonl", "w").write(json.dumps(dict(kind="costs")) + "\n")
     with pytest.raises(SystemExit) as e:
-        bench.main(["report", *args])
+        command.main(["report", *args])
     assert e.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_noise_and_labels_together():
     npz(worse=np.arange(96) % 3)
     with pytest.raises(ValueError, match="pass one of them"):
-        et.configuration(data="a.npz", labels="worse", noise=0.1, **SMALL)
+        tasks.configuration(data="a.npz", labels="worse", noise=0.1, **SMALL)
 
 
 # statistics
 
 
-def test_t_interval():
-    xs = [81.2, 79.9, 80.4, 80.7, 81.0]
-    mean, half = et.t_interval(xs)
-    lo, hi = stats.t.interval(0.95, 4, np.mean(xs), stats.sem(xs))
-    assert mean == pytest.approx(np.mean(xs)) and (mean - half, mean + half) == pytest.approx((lo, hi))
-    assert et.t_interval([1.0])[0] == 1 and math.isnan(et.t_interval([1.0])[1]) and math.isnan(et.t_interval([])[0])
-
-
-def test_budget_to_reach():
-    f = et.budget_to_reach
-    assert f([3, 6, 12], [70, 80, 85], 80) == pytest.approx(6)
-    assert f([3, 6, 12], [70, 80, 85], 75) == pytest.approx(3 * 2**0.5)  # half of the way, in logarithms
-    assert f([3, 6, 12], [70, 80, 85], 84) == pytest.approx(6 * 2**0.8)
-    assert f([3, 6, 12], [70, 80, 85], 86) == math.inf and f([], [], 1) == math.inf
-    assert f([3, 6, 12], [70, 80, 85], 60) == 0 and f([3, 6, 12], [70, 80, 85], 70) == 3
-    assert f([3, 6, 12, 24], [70, 82, 78, 90], 80) == pytest.approx(3 * 2 ** (10 / 12))  # the first time
-
-
 def line(method, budget, seed, accuracy, protocol="equal_time", noise=0.0, curve=None, loss=0.5):
-    config = dict(et.configuration(**SMALL), protocol=protocol, noise=noise)
+    config = dict(tasks.configuration(**SMALL), protocol=protocol, noise=noise)
     curve = curve or [[budget, budget, loss, accuracy]]
-    return dict(kind="run", config=config, method=method, settings=None, seed=seed, budget=float(budget), budget_s=float(budget), spent_s=2.0 * budget,
-                wall_s=3.0 * budget, accuracy=accuracy, loss=loss, epochs=budget, kept=0.5, scored=1.0, loaded=1.0, curve=curve)  # fmt: skip
+    return dict(kind="run", config=config, method=method, settings=None, seed=seed, budget=float(budget),
+                budget_s=float(budget), spent_s=2.0 * budget, wall_s=3.0 * budget, accuracy=accuracy, loss=loss,
+                epochs=budget, kept=0.5, scored=1.0, loaded=1.0, curve=curve)  # fmt: skip
 
 
 PLAIN = {3: [0.70, 0.72, 0.71], 6: [0.80, 0.81, 0.79], 12: [0.85, 0.86, 0.84]}
@@ -573,99 +666,138 @@ FAST = {3: [0.75, 0.77, 0.76], 6: [0.83, 0.84, 0.82], 12: [0.86, 0.87, 0.85]}
 
 
 def synthetic():
-    return [line(m, b, s, a) for m, accs in (("plain", PLAIN), ("fast", FAST)) for b, xs in accs.items() for s, a in enumerate(xs)]
+    return [
+        line(m, b, s, a)
+        for m, accs in (("plain", PLAIN), ("fast", FAST))
+        for b, xs in accs.items()
+        for s, a in enumerate(xs)
+    ]
 
 
 def test_tables_of_known_runs():
-    df = et.runs_table(synthetic())
-    t = et.equal_time_table(df).set_index(["budget", "method"])
+    df = bench_runs.runs_table(synthetic())
+    t = tables.equal_time_table(df).set_index(["budget", "method"])
     row = t.loc[(6, "fast")]
-    assert row["accuracy"] == pytest.approx(83) and row["to plain"] == pytest.approx(3) and row["to plain ±"] == pytest.approx(0, abs=1e-9)
-    assert row["accuracy ±"] == pytest.approx(stats.t.ppf(0.975, 2) * 1 / 3**0.5, abs=1e-3) and row["seeds"] == 3 and row["wall/ref"] == 1.5
+    assert (
+        row["accuracy"] == pytest.approx(83)
+        and row["to plain"] == pytest.approx(3)
+        and row["to plain ±"] == pytest.approx(0, abs=1e-9)
+    )
+    assert (
+        row["accuracy ±"] == pytest.approx(stats.t.ppf(0.975, 2) * 1 / 3**0.5, abs=1e-3)
+        and row["seeds"] == 3
+        and row["wall/ref"] == 1.5
+    )
     assert math.isnan(t.loc[(6, "plain")]["to plain"])
-    assert set(et.equal_time_table(df, budget=3).budget) == {3}
+    assert set(tables.equal_time_table(df, budget=3).budget) == {3}
 
 
 def test_differences_are_by_seed():
-    runs = [line("plain", 3, s, a) for s, a in enumerate([0.5, 0.6, 0.9])] + [line("m", 3, s, a) for s, a in [(2, 0.91), (0, 0.52), (7, 0.1)]]
-    row = et.equal_time_table(et.runs_table(runs)).set_index("method").loc["m"]
+    runs = [line("plain", 3, s, a) for s, a in enumerate([0.5, 0.6, 0.9])] + [
+        line("m", 3, s, a) for s, a in [(2, 0.91), (0, 0.52), (7, 0.1)]
+    ]
+    row = tables.equal_time_table(bench_runs.runs_table(runs)).set_index("method").loc["m"]
     d = [2.0, 1.0]  # of seeds 0 and 2
-    assert row["to plain"] == pytest.approx(1.5) and row["to plain ±"] == pytest.approx(et.t_interval(d)[1], abs=1e-3) and row["seeds"] == 3
+    assert (
+        row["to plain"] == pytest.approx(1.5)
+        and row["to plain ±"] == pytest.approx(intervals.t_interval(d)[1], abs=1e-3)
+        and row["seeds"] == 3
+    )
 
 
 def test_time_to_plain():
-    t = et.time_to_plain(et.runs_table(synthetic()), draws=200).set_index("plain budget")
+    t = tables.time_to_plain(bench_runs.runs_table(synthetic())).set_index("plain budget")
     assert t.loc[6]["ratio"] == pytest.approx(3 * 2 ** (4 / 7) / 6)  # 80 %, between 76 % at 3 and 83 % at 6
     assert t.loc[12]["ratio"] == pytest.approx(6 * 2 ** (2 / 3) / 12)  # 85 %, between 83 % at 6 and 86 % at 12
-    assert t.loc[3]["ratio"] == 0 and t.loc[3]["time to plain"] == "< 1.00"
+    assert t.loc[3]["ratio"] == 0 and t.loc[3]["time to plain"] == "< 1.00" and t.loc[3]["verdict"] == "faster"
     for b in (6, 12):
-        assert t.loc[b]["low"] <= t.loc[b]["ratio"] <= t.loc[b]["high"] and t.loc[b]["seeds"] == 3
+        assert t.loc[b]["low"] <= t.loc[b]["ratio"] <= t.loc[b]["high"] < 1 and t.loc[b]["seeds"] == 3
+        assert t.loc[b]["verdict"] == "faster"
     slow = [dict(r, accuracy=r["accuracy"] - 0.2) if r["method"] == "fast" else r for r in synthetic()]
-    t = et.time_to_plain(et.runs_table(slow), draws=50).set_index("plain budget")
+    t = tables.time_to_plain(bench_runs.runs_table(slow)).set_index("plain budget")
     assert t.loc[12]["ratio"] == math.inf and t.loc[12]["time to plain"] == "> 1.00" and t.loc[12]["95 %"] == "> 1.00"
-    t = et.time_to_plain(et.runs_table([r for r in synthetic() if r["method"] == "plain" or r["budget"] < 12 and r["seed"] == 0])).set_index("plain budget")
-    assert t.loc[12]["time to plain"] == "> 0.50" and t.loc[12]["95 %"] == ""  # up to half of the time it was tried; one seed has no interval
+    assert t.loc[12]["verdict"] == "slower" and t.loc[3]["verdict"] == "slower"
+    short = [r for r in synthetic() if r["method"] == "plain" or r["budget"] < 12 and r["seed"] == 0]
+    t = tables.time_to_plain(bench_runs.runs_table(short)).set_index("plain budget")
+    # up to half of the time it was tried; one seed has no interval, and so nothing is said of it
+    assert t.loc[12]["time to plain"] == "> 0.50" and t.loc[12]["95 %"] == "" and t.loc[12]["verdict"] == ""
 
 
-def test_the_bootstrap_draws_pairs():
-    "Where a method is plain training plus a constant, pairs leave no doubt, however much the seeds differ"
-    plain = np.array([0.2, 0.5, 0.9])
-    acc = np.stack([plain - 0.05, plain + 0.05], 1)
-    assert et.ratio_interval([3, 6], acc, 6, plain, draws=300) == pytest.approx([3 * 2**0.5 / 6] * 3)
-    r, lo, hi = et.ratio_interval([3, 6], acc[:1], 6, plain[:1])
-    assert r == pytest.approx(2**-0.5) and math.isnan(lo) and math.isnan(hi)
-
-
-def test_the_bootstrap_against_all_resamples():
-    "With three seeds there are 27 equally likely resamples: the quantiles of many draws are theirs"
-    rng = np.random.default_rng(1)
-    plain, acc = 0.8 + 0.02 * rng.standard_normal(3), np.array([0.7, 0.8, 0.9]) + 0.02 * rng.standard_normal((3, 3))
-    every = sorted(et.budget_to_reach([3, 6, 12], acc[list(i)].mean(0), plain[list(i)].mean()) / 6 for i in np.ndindex(3, 3, 3))
-    _, lo, hi = et.ratio_interval([3, 6, 12], acc, 6, plain, draws=20000, level=0.8)
-    assert (lo, hi) == pytest.approx((every[2], every[24]))
-    assert every[0] < every[2] < every[24] < every[-1]
+def test_a_verdict_needs_its_interval():
+    "The same mean lead, once with little scatter and once with much"
+    for scatter, says in ((0.002, "ahead"), (0.02, "–")):
+        runs = [line("plain", 6, s, 0.8) for s in range(3)]
+        runs += [line("fast", 6, s, 0.81 + scatter * (s - 1)) for s in range(3)]
+        t = tables.equal_time_table(bench_runs.runs_table(runs)).set_index("method")
+        assert t.loc["fast"]["verdict"] == says and t.loc["plain"]["verdict"] == ""
+        assert t.loc["fast"]["to plain"] == pytest.approx(1)
+    t = tables.equal_time_table(bench_runs.runs_table([line(m, 6, 0, 0.8) for m in ("plain", "fast")]))
+    assert t.set_index("method").loc["fast"]["verdict"] == ""  # one seed says nothing
 
 
 def test_incomplete_grids():
-    "A budget that lacks a seed is left out, a method that has none with plain has no row, nor has one with a single budget: there is nothing to interpolate"
+    "A budget that lacks a seed is left out; there is no row without seeds in common with plain, or for a single budget"
     runs = [r for r in synthetic() if not (r["method"] == "fast" and r["budget"] == 12 and r["seed"] == 1)]
     runs += [line("odd", b, 9, 0.9) for b in (3, 6)] + [line("once", 6, s, 0.9) for s in (0, 1)]
-    t = et.time_to_plain(et.runs_table(runs), draws=20).set_index(["method", "plain budget"])
-    assert t.loc[("fast", 12)]["ratio"] == math.inf and t.loc[("fast", 6)]["ratio"] == pytest.approx(3 * 2 ** (4 / 7) / 6)
+    t = tables.time_to_plain(bench_runs.runs_table(runs)).set_index(["method", "plain budget"])
+    assert t.loc[("fast", 12)]["ratio"] == math.inf and t.loc[("fast", 6)]["ratio"] == pytest.approx(
+        3 * 2 ** (4 / 7) / 6
+    )
     assert set(t.index.get_level_values(0)) == {"fast"}
 
 
 def test_what_a_lead_is_worth():
-    t = et.lead_table(et.runs_table(synthetic() + [line("lucky", 6, 0, 0.99)])).set_index("plain budget")  # one pair is not compared with three
+    lucky = [line("lucky", 6, 0, 0.99)]  # one pair is not compared with three
+    t = tables.lead_table(bench_runs.runs_table(synthetic() + lucky)).set_index("plain budget")
     assert list(t.index) == [6, 12] and list(t.best) == ["fast"] * 2 and list(t.seeds) == [3, 3]
     assert t.loc[6]["lead"] == pytest.approx(3) and t.loc[6]["a doubling brings plain"] == pytest.approx(9)
     assert t.loc[12]["share of the time"] == pytest.approx(2 ** (-1 / 5), abs=1e-3)
     wide = [r for r in synthetic() if r["budget"] != 6]  # two doublings
-    assert et.lead_table(et.runs_table(wide)).loc[0, "a doubling brings plain"] == pytest.approx(7)
-    assert et.lead_table(et.runs_table([r for r in synthetic() if r["budget"] == 6])).empty
+    assert tables.lead_table(bench_runs.runs_table(wide)).loc[0, "a doubling brings plain"] == pytest.approx(7)
+    assert tables.lead_table(bench_runs.runs_table([r for r in synthetic() if r["budget"] == 6])).empty
     flat = [dict(r, accuracy=0.8) for r in synthetic()]
-    assert et.lead_table(et.runs_table(flat))["share of the time"].isna().all()
+    assert tables.lead_table(bench_runs.runs_table(flat))["share of the time"].isna().all()
 
 
 def test_noise_table():
-    runs = synthetic() + [line(m, 6, s, a, noise=0.2) for m, xs in (("plain", [0.6, 0.62]), ("fast", [0.58, 0.59])) for s, a in enumerate(xs)]
-    t = et.noise_table(et.runs_table(runs)).set_index("method")
+    runs = synthetic() + [
+        line(m, 6, s, a, noise=0.2)
+        for m, xs in (("plain", [0.6, 0.62]), ("fast", [0.58, 0.59]))
+        for s, a in enumerate(xs)
+    ]
+    t = tables.noise_table(bench_runs.runs_table(runs)).set_index("method")
     assert list(t.columns[-2:]) == ["0% wrong", "20% wrong"] and set(t.budget) == {6}
-    mean, half = et.t_interval([-2.0, -3.0])
-    assert t.loc["fast"]["20% wrong"] == f"58.50 ± {et.t_interval([58, 59])[1]:.2f} ({mean:+.2f} ± {half:.2f})"
+    mean, half = intervals.t_interval([-2.0, -3.0])
+    assert t.loc["fast"]["20% wrong"] == f"58.50 ± {intervals.t_interval([58, 59])[1]:.2f} ({mean:+.2f} ± {half:.2f})"
     assert t.loc["plain"]["20% wrong"].startswith("61.00 ±") and "(" not in t.loc["plain"]["20% wrong"]
-    assert et.noise_table(et.runs_table(synthetic())).empty
+    assert tables.noise_table(bench_runs.runs_table(synthetic())).empty
 
 
 def test_paper_table():
     curve = lambda *accs: [[10.0 * (i + 1), i + 1, 0.5, a] for i, a in enumerate(accs)]
-    runs = [line("plain", 4, s, 0.9, "paper", curve=curve(0.5, 0.8, 0.86, 0.9)) for s in (0, 1)]  # errors .5 .2 .14 .1; target .14, at 30 s
-    runs += [line("sb", 4, 0, 0.92, "paper", curve=curve(0.6, 0.87, 0.9, 0.92)), line("sb", 4, 1, 0.8, "paper", curve=curve(0.5, 0.6, 0.7, 0.8))]
-    t = et.paper_table(et.runs_table(runs)).set_index("method")
-    assert t.loc["plain"]["seconds to 1.4x"] == 30 and t.loc["plain"]["times faster"] == 1 and t.loc["plain"]["reached"] == "2 of 2"
-    assert t.loc["sb"]["seconds to 1.4x"] == 20 and t.loc["sb"]["times faster"] == 1.5 and t.loc["sb"]["reached"] == "1 of 2"
+    runs = [
+        line("plain", 4, s, 0.9, "paper", curve=curve(0.5, 0.8, 0.86, 0.9)) for s in (0, 1)
+    ]  # errors .5 .2 .14 .1; target .14, at 30 s
+    runs += [
+        line("sb", 4, 0, 0.92, "paper", curve=curve(0.6, 0.87, 0.9, 0.92)),
+        line("sb", 4, 1, 0.8, "paper", curve=curve(0.5, 0.6, 0.7, 0.8)),
+    ]
+    t = tables.paper_table(bench_runs.runs_table(runs)).set_index("method")
+    assert (
+        t.loc["plain"]["seconds to 1.4x"] == 30
+        and t.loc["plain"]["times faster"] == 1
+        and t.loc["plain"]["reached"] == "2 of 2"
+    )
+    assert (
+        t.loc["sb"]["seconds to 1.4x"] == 20
+        and t.loc["sb"]["times faster"] == 1.5
+        and t.loc["sb"]["reached"] == "1 of 2"
+    )
     assert t.loc["sb"]["final error, %"] == pytest.approx(14)
-    assert et.equal_time_table(et.runs_table(runs)).empty and et.time_to_plain(et.runs_table(runs)).empty
+    assert (
+        tables.equal_time_table(bench_runs.runs_table(runs)).empty
+        and tables.time_to_plain(bench_runs.runs_table(runs)).empty
+    )
 
 
 def test_report(capsys, tmp_path):
@@ -673,35 +805,47 @@ def test_report(capsys, tmp_path):
     extra += [line(m, 4, 0, 0.9, "paper") for m in ("plain", "sb")]
     for i, part in enumerate((synthetic(), extra)):
         for r in part:
-            et.append_line(f"part{i}.jsonl", r)
+            bench_runs.append_line(f"part{i}.jsonl", r)
     (tmp_path / "rep").mkdir()
-    for old in ("equal_time_2.png", "equal_time_mine.png"):  # an earlier report's plot goes, what is someone else's stays
+    # an earlier report's plot goes, what is someone else's stays
+    for old in ("equal_time_3.png", "equal_time_mine.png"):
         (tmp_path / "rep" / old).touch()
-    bench.main(["report", "--files", "part*.jsonl", "--out", "rep"])
-    assert {f.name for f in (tmp_path / "rep").iterdir()} == {"report.md", "equal_time_1.png", "equal_time_mine.png"}
+    command.main(["report", "--files", "part*.jsonl", "--out", "rep"])
+    pictures = {"equal_time_1.png", "equal_time_2.png"}  # curves, and shares of the time
+    assert {f.name for f in (tmp_path / "rep").iterdir()} == {"report.md", "equal_time_mine.png", *pictures}
     text = (tmp_path / "rep" / "report.md").read_text()
     assert "What the best lead is worth" in text
-    for part in ("| fast | 83 |", "## digits, small 4", "Budget: 12 epochs", "< 1.00", "## Wrong labels", "## The paper's protocol", "(equal_time_1.png)"):
+    for part in (
+        "| fast | 83 |",
+        "## digits, small 4",
+        "Budget: 12 epochs",
+        "< 1.00",
+        "## Wrong labels",
+        "## The paper's protocol",
+        "(equal_time_1.png)",
+    ):
         assert part in text, part
-    assert text.count("| fast |") == 4 + 3 + 2 + 1  # four tables of a budget, three times to plain's accuracy, two leads, a table of labels
+    assert (
+        text.count("| fast |") == 4 + 3 + 2 + 1
+    )  # four tables of a budget, three times to plain's accuracy, two leads, a table of labels
     assert "24 runs" in capsys.readouterr().out and str(tmp_path) not in text
 
 
 def test_plot():
-    df = et.runs_table(synthetic())
-    ax = et.plot_equal_time(df)
+    df = bench_runs.runs_table(synthetic())
+    ax = pictures.plot_equal_time(df)
     y = ax.containers[1].lines[0].get_ydata()
     assert list(y) == pytest.approx([76, 83, 86]) and [t.get_text() for t in ax.get_xticklabels()] == ["3", "6", "12"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["plain", "fast"]
     with pytest.raises(ValueError, match="what must be accuracy or loss"):
-        et.plot_equal_time(df, what="f1")
+        pictures.plot_equal_time(df, what="f1")
     with pytest.raises(ValueError, match="there is no 'x' among the runs"):
-        et.plot_equal_time(df, setting="x")
-    et.plt.close("all")
+        pictures.plot_equal_time(df, setting="x")
+    pictures.plt.close("all")
 
 
 def test_the_command_is_listed(capsys):
-    bench.main(["--help"])
+    command.main(["--help"])
     out = capsys.readouterr().out
     assert "equal_time" in out and "report" in out
 
@@ -727,25 +871,36 @@ def test_faults_of_regression(args, says, capsys, tmp_path):
 
 def test_regression_trains_on_as_many_examples(monkeypatch, capsys):
     "Whatever is left out: the budgets are equal, wrong targets are in training alone, and the error is of right ones"
-    fits, fit = [], et._fit
+    fits, fit = [], regression.fit_cycle
 
     def spy(learn, cbs, lr):
         wrong = torch.tensor(learn.dls.train.dataset.tensors[1] != numbers(0)).float().mean().item()
         right = torch.equal(learn.dls.valid.dataset.tensors[1], numbers(2))
         fit(learn, cbs, lr)
-        fits.append((cbs[0].trained, learn.sb.counts["bp"] / learn.sb.counts["candidates"] if hasattr(learn, "sb") else 1.0, wrong, right, learn))
+        fits.append(
+            (
+                cbs[0].trained,
+                learn.sb.counts["bp"] / learn.sb.counts["candidates"] if hasattr(learn, "sb") else 1.0,
+                wrong,
+                right,
+                learn,
+            )
+        )
 
     def numbers(i):
-        return torch.tensor(et.load_arrays("digits")[i + 1 if i else 1])[:, None] / 4.5 - 1
+        return torch.tensor(tasks.load_arrays("digits")[i + 1 if i else 1])[:, None] / 4.5 - 1
 
-    monkeypatch.setattr(et, "_fit", spy)
-    bench.main("regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json".split())
+    monkeypatch.setattr(regression, "fit_cycle", spy)
+    command.main("regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json".split())
     n = len(numbers(0))
     assert len(fits) == 6 and all(4 * n <= f[0] < 4 * n + 64 and f[3] for f in fits)
     assert [f[1] < 0.8 for f in fits] == [False, True, True] * 2
     assert [f[2] for f in fits] == pytest.approx([0] * 3 + [round(n / 4) / n] * 3, abs=1e-6)
     saved = json.load(open("r.json"))
-    assert saved["command"] == "python -m fastsb.bench regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json" and "machine" in saved
+    assert (
+        saved["command"] == "python -m fastsb.bench regression --epochs 4 --seeds 1 --noise 0,0.25 --out r.json"
+        and "machine" in saved
+    )
     for f, r in zip(fits, saved["runs"]):
         x, y = f[4].dls.valid.dataset.tensors
         with torch.no_grad():
@@ -755,15 +910,21 @@ def test_regression_trains_on_as_many_examples(monkeypatch, capsys):
 
 def test_regression_table():
     errors = {("plain", 0): 0.2, ("plain", 1): 0.3, ("random", 0): 0.25, ("random", 1): 0.31}
-    json.dump(dict(runs=[dict(noise=0.2, method=m, seed=s, error=e) for (m, s), e in errors.items()]), open("t.json", "w"))
-    t = et.regression_table("t.json").set_index("method")
-    assert t.wrong.tolist() == ["20%"] * 2 and t.error.tolist() == [0.25, 0.28] and math.isnan(t.loc["plain", "to plain"])
+    json.dump(
+        dict(runs=[dict(noise=0.2, method=m, seed=s, error=e) for (m, s), e in errors.items()]), open("t.json", "w")
+    )
+    t = regression.regression_table("t.json").set_index("method")
+    assert (
+        t.wrong.tolist() == ["20%"] * 2 and t.error.tolist() == [0.25, 0.28] and math.isnan(t.loc["plain", "to plain"])
+    )
     assert t.loc["random", "to plain"] == 0.03
-    assert t.loc["random", "to plain ±"] == pytest.approx(stats.t.ppf(0.975, 1) * np.std([0.05, 0.01], ddof=1) / math.sqrt(2), abs=1e-4)
+    assert t.loc["random", "to plain ±"] == pytest.approx(
+        stats.t.ppf(0.975, 1) * np.std([0.05, 0.01], ddof=1) / math.sqrt(2), abs=1e-4
+    )
 
 
 def test_each_at_its_best_learning_rate(capsys):
-    "Against pandas-free bookkeeping: the best mean among the learning rates with enough seeds, a tie to the lower, and nothing mixed"
+    "The best mean among the learning rates with enough seeds, a tie to the lower, and nothing mixed"
     best = {("plain", 6): 0.2, ("fast", 6): 0.4, ("plain", 12): 0.2, ("fast", 12): 0.2}
     runs = []
     for m, b in best:
@@ -772,17 +933,19 @@ def test_each_at_its_best_learning_rate(capsys):
                 acc = 0.99 if lr == 0.8 else 0.5 + 0.01 * s + 0.1 * (m == "fast") + 0.02 * b + 0.1 * (lr == best[m, b])
                 runs.append(line(m, b, s, acc))
                 runs[-1]["config"] = dict(runs[-1]["config"], lr=lr)
-    df = et.at_best_lr(et.runs_table(runs))
+    df = tables.at_best_lr(bench_runs.runs_table(runs))
     assert {(m, b): lr for m, b, lr in zip(df.method, df.budget, df.lr)} == best and len(df) == 12
     assert df.setting.nunique() == 1 and "each at its best lr" in df.setting.iloc[0] and "0.2" not in df.setting.iloc[0]
-    assert et.at_best_lr(et.runs_table(runs), seeds=1).lr.unique().tolist() == [0.8]
-    assert et.at_best_lr(et.runs_table(runs), seeds=4).empty and "setting" in et.at_best_lr(et.runs_table(runs), seeds=4)
+    assert tables.at_best_lr(bench_runs.runs_table(runs), seeds=1).lr.unique().tolist() == [0.8]
+    assert tables.at_best_lr(bench_runs.runs_table(runs), seeds=4).empty and "setting" in tables.at_best_lr(
+        bench_runs.runs_table(runs), seeds=4
+    )
     same = [dict(r, accuracy=0.5) for r in runs]
-    assert et.at_best_lr(et.runs_table(same)).lr.unique().tolist() == [0.2]
-    t = et.time_to_plain(df).set_index("plain budget")
+    assert tables.at_best_lr(bench_runs.runs_table(same)).lr.unique().tolist() == [0.2]
+    t = tables.time_to_plain(df).set_index("plain budget")
     assert t.loc[6, "time to plain"] == "< 1.00" and t.loc[12, "seeds"] == 3
     for r in runs:
-        et.append_line("lr.jsonl", r)
-    bench.main(["report", "--files", "lr.jsonl", "--out", "rep"])
+        bench_runs.append_line("lr.jsonl", r)
+    command.main(["report", "--files", "lr.jsonl", "--out", "rep"])
     text = open("rep/report.md").read()
     assert "each at its best lr" in text and "| 6 | 0.2 | 0.4 |" in text and "| 12 | 0.2 | 0.2 |" in text

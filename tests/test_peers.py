@@ -1,4 +1,5 @@
-"The benchmark against other packages' rules: each rule against its definition, the result file, faults. Nothing here looks at how long anything took."
+"Other packages' rules: each against its definition, the result file, faults. Nothing here looks at how long it took."
+
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsb import peers
+from fastsb.bench import peers
 
 
 def batch(n, seed=0):
@@ -46,9 +47,11 @@ def test_tsais_rule_stops_before_the_share_is_reached():
     assert peers.TsaiRule(0.1)(losses, x, y)[1].tolist() == [1]
 
 
-@pytest.mark.parametrize("name", ["fastsb, Percentile", "fastsb, Percentile, exact", "fastsb, TopK", "fastsb, LossShare"])
+@pytest.mark.parametrize(
+    "name", ["fastsb, Percentile", "fastsb, Percentile, exact", "fastsb, TopK", "fastsb, LossShare"]
+)
 def test_ours_keeps_rows_and_targets_together(name):
-    f, (losses, x, y) = peers.contestants()[name], batch(64)
+    f, (losses, x, y) = peers.rules()[name], batch(64)
     for _ in range(3):
         xs, ys = f(losses, x, y)
         assert torch.equal(xs, x[ys]) and 0 < len(ys) < 64 and losses[ys].mean() > losses.mean()
@@ -60,20 +63,33 @@ def test_the_committed_result_is_what_is_claimed():
     assert list(ms) == [128, 1024, 8192] and res["machine"]["threads"] == 1
     for rows, m in ms.items():
         ours = m["fastsb, Percentile"]
-        assert max(ours, m["fastsb, Percentile, exact"]) < m["Composer's rule"] and m["loop (reference)"] >= (40 if rows == 128 else 100) * ours
+        assert (
+            max(ours, m["fastsb, Percentile, exact"]) < m["Composer's rule"]
+            and m["loop (reference)"] >= (40 if rows == 128 else 100) * ours
+        )
         assert m["fastsb, LossShare"] <= m["tsai's rule"]
 
 
 def test_result_file_and_faults(tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, "-m", "fastsb.bench", "peers", *a], capture_output=True, text=True, cwd=tmp_path)
+    run = lambda *a: subprocess.run(
+        [sys.executable, "-m", "fastsb.bench", "peers", *a], capture_output=True, text=True, cwd=tmp_path
+    )
     p = run("--sizes", "8,16", "--reps", "3", "--out", "p.json")
     assert p.returncode == 0, p.stderr
     res = json.loads((tmp_path / "p.json").read_text())
-    assert res["command"] == "python -m fastsb.bench peers --sizes 8,16 --reps 3 --out p.json" and res["machine"]["threads"] == 1
-    assert [r["rows"] for r in res["runs"]] == [8, 16] and all(set(r["ms"]) == set(peers.contestants()) for r in res["runs"])
+    assert (
+        res["command"] == "python -m fastsb.bench peers --sizes 8,16 --reps 3 --out p.json"
+        and res["machine"]["threads"] == 1
+    )
+    assert [r["rows"] for r in res["runs"]] == [8, 16] and all(set(r["ms"]) == set(peers.rules()) for r in res["runs"])
     assert all(0 < v["iqr"][0] <= v["median"] <= v["iqr"][1] for r in res["runs"] for v in r["ms"].values())
     t = peers.peers_table(res, "fastsb, TopK")
     assert t.loc["fastsb, TopK"].tolist() == [1.0, 1.0] and list(t.columns) == ["8 rows", "16 rows"]
-    for args, word in ((("--sizes", "8,x"), "sizes"), (("--sizes", "1"), "sizes"), (("--reps", "0"), "reps"), (("--out", "none/p.json"), "out")):
+    for args, word in (
+        (("--sizes", "8,x"), "sizes"),
+        (("--sizes", "1"), "sizes"),
+        (("--reps", "0"), "reps"),
+        (("--out", "none/p.json"), "out"),
+    ):
         p = run(*args)
         assert p.returncode == 2 and word in p.stderr and p.stderr.count("\n") == 1

@@ -17,7 +17,8 @@ import fastsb
 import fastsb.all
 
 root = Path(__file__).parent.parent
-notebooks = sorted(p for p in (root / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+notebooks = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+modules = sorted((root / "fastsb").rglob("*.py"))
 
 
 def settings():
@@ -67,7 +68,7 @@ def test_all_holds_the_public_names():
 
 def test_public_functions_are_documented():
     "Every public function and class says what it does, and every argument what it is"
-    for path in sorted((root / "fastsb").glob("**/*.py")):
+    for path in modules:
         src = path.read_text()
         tree, lines = ast.parse(src), src.splitlines()
         defs = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
@@ -84,8 +85,8 @@ def test_public_functions_are_documented():
 
 def test_nothing_of_anybodys_machine():
     "No absolute paths of somebody's home or checkout in what is published"
-    published = "nbs/**/*.ipynb", "fastsb/**/*.py", "tests/*.py", "nbs/results/*", "*.*"
-    for path in (p for pattern in published for p in root.glob(pattern)):
+    results = (root / "nbs/results").rglob("*")
+    for path in [*notebooks, *modules, *root.glob("tests/*.py"), *results, *root.glob("*.*")]:
         if path.is_file() and path.name != Path(__file__).name:
             text = path.read_text(errors="ignore")
             assert not re.search(r"/home/\w|/root/|/Users/\w|C:\\Users", text) and str(root) not in text, path
