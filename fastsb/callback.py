@@ -26,9 +26,9 @@ from .cache import ItemTracker, LossCache, check_loader, choose, shortened
 from .check import check_bool, check_number
 from .engine import SelectiveBackprop, _settings
 from .history import LossHistory
-from .losses import per_item_loss, unreduced
+from .losses import loss_kind, per_item_loss, shows_doubt, unreduced
 from .score import as_scorer
-from .select import InfoBatch, LossShare, Percentile, Selector, TopK, Uncertainty, loss_kind, shows_doubt
+from .select import InfoBatch, LossShare, Percentile, Selector, TopK, Uncertainty
 
 # %% ../nbs/10_callback.ipynb #72a2facd
 # Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the highest fifth of them would hold

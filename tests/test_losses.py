@@ -140,7 +140,7 @@ def test_what_cannot_be_split_is_refused():
             per_item_loss(lf, p, t)
     with pytest.raises(TypeError, match=r"shape \(6,\)"):
         per_item_loss(mine, p, t, per_item=lambda p, t: (p - t).abs())
-    with pytest.raises(TypeError, match="returned float"):
+    with pytest.raises(TypeError, match="returned a float"):
         per_item_loss(mine, p, t, per_item=lambda p, t: 1.0)
     with pytest.raises(TypeError), unreduced(mine):
         pass
