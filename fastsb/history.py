@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['as_losses', 'host_array', 'LossHistory']
 
-# %% ../nbs/01_history.ipynb #d6b27252
+# %% ../nbs/01_history.ipynb #d12eed1f
 import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_history.ipynb #0c47b479
+from .check import check_int
+
+# %% ../nbs/01_history.ipynb #c81e5a32
 def as_losses(l):
     "`l` as a plain float32 tensor (B,) without grad; as it is, if it is one"
     if type(l) is Tensor and l.dtype is torch.float32 and l.dim() == 1 and not l.requires_grad: return l
@@ -21,22 +23,33 @@ def host_array(t):
     return t.numpy() if t.is_cpu and not t.requires_grad and t.dtype is not torch.bfloat16 else None
 
 class LossHistory:
-    "The last `size` finite losses, in a ring buffer on the device of the losses; answers percentiles without waiting for that device"
+    """The last `size` finite losses, in a ring buffer on the device of the losses.
+
+    `update` and `percentile` never wait for that device; what is asked of the history itself (`values`, `len`, `repr`,
+    `state_dict`) does, and so does the first loss that comes from another device than those before."""
     def __init__(self,
         size:int=1024, # How many losses are remembered; the paper's R
     ):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"history={size!r} must be an int of at least 1: the number of recent losses that a percentile is taken over.")
-        self.size,self.buf,self.seen = size,None,0 # `seen`: the finite losses so far, an int as long as the host does the counting
+        check_int('history', size, 1, why=': the number of recent losses that a percentile is taken over')
+        self.size,self.buf,self.seen = size,None,0 # `seen`: finite losses so far, an int as long as the host counts
+
+    def _move(self, device):
+        "See to it that the buffer is on `device`"
+        if self.buf.device != device: self.buf = self.buf.to(device)
+
+    def _seen(self, device):
+        "`seen` as a tensor () on `device`, without waiting"
+        if isinstance(self.seen, Tensor): return self.seen.to(device)
+        return torch.full((), self.seen, dtype=torch.long, device=device)
 
     def update(self,
-        losses:Tensor, # (B,) losses of any float dtype, `B` may exceed `size`; those that are NaN or infinite are passed over
+        losses:Tensor, # (B,) losses of any float dtype, `B` may exceed `size`; NaN and infinite ones are passed over
     ):
         "Remember `losses`, as float32, in place of the oldest ones"
         l = as_losses(losses)
         if not len(l): return
-        if self.buf is None: self.buf = l.new_full((self.size+1,), torch.inf) # one slot more than `size`: what is not stored falls there
-        elif self.buf.device != l.device: self.buf = self.buf.to(l.device)
+        if self.buf is None: self.buf = l.new_full((self.size+1,), torch.inf) # what is not stored falls into the last
+        self._move(l.device)
         if (v := host_array(l)) is not None:
             v,buf = v[np.isfinite(v)],host_array(self.buf)
             self.seen,v = int(self.seen)+len(v),v[-self.size:]
@@ -44,7 +57,7 @@ class LossHistory:
             m = min(len(v), self.size-i) # so many up to the end of the ring, the others from its beginning
             buf[i:i+m],buf[:len(v)-m] = v[:m],v[m:]
         else:
-            seen,finite = torch.as_tensor(self.seen, device=l.device),l.isfinite()
+            seen,finite = self._seen(l.device),l.isfinite()
             rank = finite.cumsum(0)
             stored = finite & (rank > rank[-1] - self.size)
             self.buf.scatter_(0, torch.where(stored, (seen + rank - 1) % self.size, self.size), l)
@@ -53,19 +66,23 @@ class LossHistory:
     def percentile(self,
         losses:Tensor, # (B,) losses of any float dtype
     ) -> Tensor: # (B,) float32 in [0,1]
-        "Share of the history strictly below each of `losses` (paper, section 3.2); 1 where a loss is NaN or nothing is remembered yet"
+        """Share of the history strictly below each of `losses` (paper, section 3.2).
+
+        1 where a loss is NaN or nothing is remembered yet."""
         l = as_losses(losses)
         if self.buf is None: return torch.ones_like(l)
-        if self.buf.device != l.device: self.buf = self.buf.to(l.device)
+        self._move(l.device)
         if (buf := host_array(self.buf)) is not None:
             n = len(self)
-            return torch.searchsorted(torch.from_numpy(np.sort(buf[:n])), l)/n if n else torch.ones_like(l) # NaN comes after all
-        n = torch.as_tensor(self.seen, device=l.device).clamp(max=self.size)
-        below = torch.searchsorted(self.buf[:-1].sort().values, l.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+            if not n: return torch.ones_like(l)
+            return torch.searchsorted(torch.from_numpy(np.sort(buf[:n])), l)/n # NaN comes after all
+        n = self._seen(l.device).clamp(max=self.size)
+        l = l.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        below = torch.searchsorted(self.buf[:-1].sort().values, l)
         return torch.where(n > 0, below / n.clamp(min=1), 1.)
 
     def values(self) -> Tensor: # Float32, at most `size` losses
-        "What is remembered, oldest first (this waits for the device)"
+        "What is remembered, oldest first"
         if self.buf is None: return torch.zeros(0)
         n = int(self.seen)
         return self.buf[:n].clone() if n <= self.size else self.buf[:-1].roll(-(n % self.size))
@@ -77,11 +94,29 @@ class LossHistory:
         "Forget everything"
         self.buf,self.seen = None,0
 
-    def state_dict(self) -> dict: # Tensors and ints only
-        "What `load_state_dict` needs to go on from here"
-        return dict(size=self.size, buf=None if self.buf is None else self.buf.clone(), seen=self.seen)
+    def state_dict(self) -> dict: # Ints and a tensor on the CPU
+        "What `load_state_dict` needs to go on from here, on any device"
+        buf = None if self.buf is None else self.buf.to('cpu', copy=True)
+        return dict(size=self.size, buf=buf, seen=int(self.seen))
+
+    def check_state(self, state):
+        "Raise `ValueError`, saying what is wrong, if `state` is not one to go on from"
+        if not isinstance(state, dict) or not {'size','buf','seen'} <= state.keys():
+            raise ValueError("The saved state is not of a LossHistory: it must have 'size', 'buf' and 'seen'.")
+        size,buf,seen = state['size'],state['buf'],state['seen']
+        if size != self.size:
+            raise ValueError(f"The saved history holds {size} losses, this one {self.size}: pass history={size}.")
+        if isinstance(seen, bool) or not isinstance(seen, int) or seen < 0 or (buf is None and seen):
+            raise ValueError(f"The saved history counts seen={seen!r} losses, which cannot be.")
+        if buf is None: return
+        if not isinstance(buf, Tensor) or buf.dtype != torch.float32 or tuple(buf.shape) != (size+1,):
+            raise ValueError(f"The losses of the saved history must be a float32 tensor of shape ({size+1},).")
+        held = buf[:size].isfinite()
+        if held[:seen].logical_not().any() or held[seen:].any():
+            raise ValueError(f"The saved history counts seen={seen} losses, and holds {int(held.sum())} finite ones.")
 
     def load_state_dict(self, state):
-        "Go on from `state`; raises `ValueError`, changing nothing, if it is of a history of another size"
-        if state['size'] != self.size: raise ValueError(f"The saved history holds {state['size']} losses, this one {self.size}: pass history={state['size']}.")
-        self.buf,self.seen = None if state['buf'] is None else state['buf'].clone(),state['seen']
+        "Go on from `state`; raises `ValueError`, changing nothing, if it is of another size or not whole"
+        self.check_state(state)
+        self.buf = None if state['buf'] is None else state['buf'].clone()
+        self.seen = state['seen']

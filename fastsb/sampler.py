@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .check import Window, check_bool, check_callable, check_choice, check_int
-from .losses import per_item_loss
-from .select import shows_doubt
+from .losses import per_item_loss, shows_doubt
 from .memory import ItemMemory, as_items, collective_device, together
 from .record import Record
 from .select import Selection, Selector, Uncertainty

@@ -67,7 +67,7 @@ def learner(n, loss_func, out, targets, cbs):
         (CrossEntropyLossFlat(), 10, "classes", entropy, {}),
         (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy, {}),
         (own_loss, 10, "classes", entropy, dict(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss()))),
-        (MSELossFlat(), 1, "numbers", squared, dict(selector=Uncertainty(0.5))),
+        (MSELossFlat(), 1, "numbers", squared, dict(selector=TopK(0.5))),
     ],
 )
 def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
@@ -93,7 +93,7 @@ def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsy
     assert torch.equal(weights(plain), weights(learn))
     assert learn.sb.log.selected.tolist() == [1.0] * 3 and learn.sb.counts["fp"] == 0
     out = capsys.readouterr().out
-    assert f"everything is trained on. The default goes by doubt, which only losses over classes show, and {name} is not known" in out
+    assert f"everything is trained on. The default goes by doubt, which only losses over classes show, and " in out and f"{name} is not known as one" in out
     assert out.count("fastsb:") == 1
     quiet_fit(learn, 2)
     assert capsys.readouterr().out == ""

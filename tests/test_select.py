@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsb import history, select
 from fastsb.all import *
-from fastsb.select import (Absolute, Capped, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Random, ReducibleLoss, Threshold, TopK, inclusion,
+from fastsb.select import (Absolute, Capped, DoubtShare, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Random, ReducibleLoss, Threshold, TopK, Uncertainty, inclusion,
                            systematic)
 
 devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -105,6 +105,11 @@ def test_inclusion_is_capped_proportional(seed):
         assert len(set(systematic(got, k, torch.tensor(u)).tolist())) == k
 
 
+def ranked(key, make, device="cpu"):
+    "Candidates by `key`, the lowest first; of equals those first whose uniform number, the selector's first draw, is lower"
+    return np.lexsort((make().uniform(len(key), device).cpu().numpy(), key))
+
+
 @on
 @names
 def test_topk_lowk_threshold(name, device):
@@ -112,24 +117,29 @@ def test_topk_lowk_threshold(name, device):
     n = len(l)
     for keep in (0.01, 0.3, 0.5, 1.0):
         k = max(1, math.floor(keep * n + 0.5))
-        for sel, key in ((TopK(keep), -l), (LowK(keep), l)):
+        for make, key in ((lambda: TopK(keep, seed=4), -l), (lambda: LowK(keep, seed=5), l)):
             key = np.where(bad(l), -np.inf, key)  # what is not finite comes first
-            want = sorted(np.argsort(key, kind="stable")[:k])
-            s = sel.select(losses_of(name, device), history_of(losses_of(name, device)))
+            want = sorted(ranked(key, make, device)[:k])
+            s = make().select(losses_of(name, device), history_of(losses_of(name, device)))
             assert s.idx.tolist() == want and s.p.cpu().nonzero().flatten().tolist() == want
     s = Threshold(0.5).select(losses_of(name, device))
     assert s.idx.tolist() == np.flatnonzero((l > 0.5) | bad(l)).tolist()
 
 
-def reference_loss_share(l, share, min_samples):
-    if share == 1:
-        return list(range(len(l)))
-    held = np.where(bad(l), 0, np.maximum(l, 0)).astype(np.float64)
-    order, n, total = np.argsort(-held, kind="stable"), 0, 0.0
-    whole = sum(held[i] for i in order)
-    while n < len(l) and (total < share * whole or n < max(1, math.ceil(min_samples * len(l) - 1e-9))):
-        total, n = total + held[order[n]], n + 1
-    return sorted(set(order[:n]) | set(np.flatnonzero(bad(l))))
+def fewest(held, share, least, most, make, device):
+    "The first of those with the highest of `held` until they hold `share` of all, from `least` to `most`"
+    order, n, total = ranked(-held, make, device), 0, 0.0
+    whole = sum(float(held[i]) for i in order)
+    while n < most and (total < share * whole or n < least):
+        total, n = total + float(held[order[n]]), n + 1
+    return order[:n]
+
+
+def reference_loss_share(l, share, min_samples, make, device):
+    lowest = min(0, l[~bad(l)].min()) if (~bad(l)).any() else 0
+    held = np.where(bad(l), 0, l - np.float32(lowest))
+    least = len(l) if share == 1 else max(1, math.ceil(min_samples * len(l) - 1e-9))
+    return sorted({*fewest(held, share, least, len(l), make, device), *np.flatnonzero(bad(l))})
 
 
 @on
@@ -138,8 +148,48 @@ def test_loss_share(name, device):
     l = inputs[name].astype(np.float32)
     for share in (0.0, 0.5, 0.9, 1.0):
         for least in (None, 0.25, 1.0):
-            s = LossShare(share, least).select(losses_of(name, device))
-            assert s.idx.tolist() == reference_loss_share(l, share, least or 0) and len(s.idx) > 0
+            make = lambda: LossShare(share, least, seed=1)
+            s = make().select(losses_of(name, device))
+            assert s.idx.tolist() == reference_loss_share(l, share, least or 0, make, device) and len(s.idx) > 0
+
+
+@on
+@names
+def test_doubt_share(name, device):
+    "On doubts that are remembered, and that are read from predictions: the fewest that hold the share"
+    l = np.abs(inputs[name].astype(np.float32))
+    n = len(l)
+    for share, floor, ceiling in ((0.9, 0.1, 1.0), (0.5, 0.0, 1.0), (0.95, 0.3, 0.6), (0.2, 0.5, 0.5), (1.0, 0.1, 0.7), (1.0, 0.1, 1.0)):
+        make = lambda: DoubtShare(share, floor, ceiling, seed=3)
+        least = max(1, math.ceil(floor * n - 1e-9))
+        most = max(least, math.floor(ceiling * n + 1e-9))
+        want = fewest(np.where(bad(l), 0, l), share, most if share == 1 else least, most, make, device)
+        s = make().select(torch.tensor(l, device=device))
+        assert s.idx.tolist() == sorted({*want, *np.flatnonzero(bad(l))}) and s.w is None
+        assert least <= len(want) <= most
+
+
+def test_doubt_share_of_fresh_predictions():
+    pred, y = example(B=200)
+    p = pred.double().softmax(1).numpy()
+    doubt = -(p * np.log(p)).sum(1)
+    falling = np.sort(doubt)[::-1]
+    k = int((falling.cumsum() < 0.6 * doubt.sum()).sum()) + 1
+    s = DoubtShare(0.6).select(torch.rand(200), loss_func=nn.CrossEntropyLoss(), pred=pred, yb=(y,))
+    assert s.idx.tolist() == sorted(np.argsort(-doubt)[:k]) and 20 < k < 120
+    assert s.p.nonzero().flatten().tolist() == s.idx.tolist()
+    losses = torch.rand(200)
+    losses[7] = torch.nan  # what is not finite is kept besides
+    assert 7 in DoubtShare(0.6).select(losses, loss_func=nn.CrossEntropyLoss(), pred=pred, yb=(y,)).idx
+
+
+def test_doubt_share_adapts():
+    "Where all are in equal doubt nearly all are kept; where few are, few; where none is, the floor"
+    assert len(DoubtShare(0.9).select(torch.ones(1000)).idx) == 900
+    assert len(DoubtShare(0.9).select(torch.tensor([1e-6] * 900 + [1.0] * 100)).idx) == 100  # 90 of them hold the share
+    assert len(DoubtShare(0.9, floor=0.25).select(torch.zeros(1000)).idx) == 250
+    assert repr(DoubtShare(0.9)) == "DoubtShare(share=0.9)" and repr(DoubtShare(0.8, 0.2, 0.9)) == "DoubtShare(share=0.8, floor=0.2, ceiling=0.9)"
+    assert DoubtShare(1.0).keep == 1 and DoubtShare(0.9).keep is None and not DoubtShare().exact and DoubtShare().global_
 
 
 @on
@@ -151,8 +201,9 @@ def test_capped(name, device):
     s = Capped(TopK(0.5), 0.8).select(losses_of(name, device), history_of(losses_of(name, device)))
     assert not set(s.idx.tolist()) & set(np.flatnonzero(capped & ~bad(l)))
     k = max(1, math.floor(0.5 * len(l) + 0.5))
-    free = [i for i in np.argsort(np.where(bad(l), np.inf, -l), kind="stable") if not capped[i] and not bad(l)[i]]
-    assert set(free[:k]) <= set(s.idx.tolist())
+    free = sorted((l[i] for i in range(len(l)) if not capped[i] and not bad(l)[i]), reverse=True)
+    kept = sorted((l[i] for i in s.idx.tolist() if not bad(l)[i]), reverse=True)
+    assert kept == free[:k]
 
 
 @on
@@ -253,9 +304,10 @@ def test_reducible_loss_over_all_inputs(name, device):
     r = np.random.default_rng(7)
     items, irr = r.permutation(len(l) + 10)[: len(l)], r.random(len(l) + 10).astype(np.float32)
     for keep in (0.1, 0.5):
-        s = ReducibleLoss(torch.tensor(irr), keep).select(losses_of(name, device), items=torch.tensor(items, device=device))
+        make = lambda: ReducibleLoss(torch.tensor(irr), keep, seed=2)
+        s = make().select(losses_of(name, device), items=torch.tensor(items, device=device))
         key = np.where(bad(l), -np.inf, -(l - irr[items]))
-        assert s.idx.tolist() == sorted(np.argsort(key, kind="stable")[: max(1, math.floor(keep * len(l) + 0.5))])
+        assert s.idx.tolist() == sorted(ranked(key, make, device)[: max(1, math.floor(keep * len(l) + 0.5))])
 
 
 def test_gradnorm_gate():
@@ -346,12 +398,12 @@ def test_infobatch_is_unbiased():
 def test_ordered_pool(name, device):
     l = inputs[name].astype(np.float32)
     n, u = len(l), torch.rand(len(l), generator=torch.Generator().manual_seed(3))
-    s = OrderedPool(0.75, 0.4).select(losses_of(name, device), u=u.to(device))
+    make = lambda: OrderedPool(0.75, 0.4, seed=6)
+    s = make().select(losses_of(name, device), u=u.to(device))
     k = max(1, math.floor(0.4 * n + 0.5))
     pool = set(np.argsort(u.numpy(), kind="stable")[: max(math.floor(0.75 * n + 0.5), k)])
-    free = [i for i in range(n) if i in pool and not bad(l)[i]]
-    want = (list(np.flatnonzero(bad(l))) + sorted(free, key=lambda i: -l[i]))[:k]
-    assert len(s.idx) == k and set(s.idx.tolist()) == set(want)
+    key = np.where(bad(l), -np.inf, np.where(np.isin(np.arange(n), list(pool)), -l, np.inf))  # what is not finite comes first
+    assert len(s.idx) == k and s.idx.tolist() == sorted(ranked(key, make, device)[:k])
     with pytest.raises(ValueError, match="keep=0.8 must be at most pool=0.5"):
         OrderedPool(0.5, 0.8)
 
@@ -384,18 +436,18 @@ def no_host(monkeypatch):
 
 @names
 def test_host_and_device_agree(name, no_host):
-    makes = [lambda: Percentile(1, seed=1), lambda: Percentile(3, exact=True, seed=1), lambda: Percentile(0.5, exact=True, seed=2), lambda: TopK(0.3),
+    makes = [lambda: Percentile(1, seed=1), lambda: Percentile(3, exact=True, seed=1), lambda: Percentile(0.5, exact=True, seed=2), lambda: TopK(0.3, seed=1),
              lambda: LowK(0.3), lambda: Random(0.3, exact=True, seed=1), lambda: Hybrid(1, 0.5, seed=3), lambda: Threshold(0.5),
-             lambda: InfoBatch(0.5, seed=1), lambda: OrderedPool(0.75, 0.4, seed=1), lambda: Capped(TopK(0.3), 0.8),
-             lambda: Capped(Percentile(1, exact=True, seed=1), 0.8)]
+             lambda: InfoBatch(0.5, seed=1), lambda: OrderedPool(0.75, 0.4, seed=1), lambda: Capped(TopK(0.3, seed=2), 0.8), lambda: LossShare(0.7, seed=3),
+             lambda: DoubtShare(0.7, seed=3), lambda: Uncertainty(0.4, seed=7), lambda: Capped(Percentile(1, exact=True, seed=1), 0.8)]
 
     def run():
         out = []
         for make in makes:
-            h, sel = LossHistory(50), make()
+            h = LossHistory(50)
             for l in (losses_of(name), losses_of("random")[:37], losses_of("nan"), losses_of(name).flip(0)):
                 h.update(l)
-                s = sel.select(l, h)
+                s = make().select(l, h)  # the device always draws for equals, the host only where there are some: so each begins anew
                 out.append((h.values(), h.percentile(l), s.idx, s.p))
         return out
 
@@ -410,8 +462,8 @@ def test_what_numpy_does_not_know():
     "bfloat16, and numbers with a gradient, go the device's way"
     losses = losses_of("mixed").clamp(max=10)
     for l in (losses.bfloat16(), losses.clone().requires_grad_()):
-        for sel in (TopK(0.5), LossShare(0.9)):
-            assert torch.equal(sel.probs(l), sel.probs(l.detach().float()))
+        for make in (lambda: TopK(0.5, seed=1), lambda: LossShare(0.9, seed=1)):
+            assert torch.equal(make().probs(l), make().probs(l.detach().float()))
         torch.testing.assert_close(inclusion(l, 3).detach(), inclusion(l.detach().double(), 3))
         h = LossHistory(4)
         h.update(l)
@@ -423,7 +475,8 @@ def test_the_devices_way_does_not_wait(no_host):
 
     no_host()
     losses = torch.rand(64)
-    for sel, waits in ((Percentile(1, exact=True), 0), (TopK(0.5), 0), (OrderedPool(), 0), (Capped(Percentile(1, exact=True)), 0), (Percentile(1), 1)):
+    for sel, waits in ((Percentile(1, exact=True), 0), (TopK(0.5), 0), (OrderedPool(), 0), (Capped(Percentile(1, exact=True)), 0), (Percentile(1), 1),
+                       (Uncertainty(0.5), 0), (LossShare(), 1), (DoubtShare(), 1), (Threshold(0.5), 1), (InfoBatch(), 1), (Capped(TopK(0.5)), 1)):
         h = LossHistory(100)
         for i in range(5):
             with Counter() as c:
@@ -453,8 +506,7 @@ def test_no_host_waits_for_counts_that_are_known():
 
     losses = torch.rand(64)
     h = history_of(losses)
-    # (on a GPU, LossShare copies the losses, once)
-    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 0)):
+    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 1)):
         sel.select(losses, h)
         with Counter() as c:
             sel.select(losses, h)
