@@ -115,7 +115,7 @@ class WithItems(Dataset):
         plain = isinstance(sample, (tuple,list)) and not hasattr(sample, '_fields')
         return type(sample)([*sample, i]) if plain else (sample,i)
 
-# %% ../nbs/07_sampler.ipynb #717937cd
+# %% ../nbs/07_sampler.ipynb #cf60a51c
 class SelectiveSampler(Sampler):
     """The items of each epoch, chosen by what training has left of them. For any PyTorch `DataLoader`.
 
@@ -322,6 +322,7 @@ class SelectiveSampler(Sampler):
         "Be before the epoch `epoch`"
         self.epoch,self._order,self._before = epoch,None,None
         self._begun = self._started = self._exhausted = False
+        self._passes = 0
         self._seen = self._expected = 0 # rows of this process that were observed, and that will be
 
     def set_epoch(self,
@@ -407,12 +408,13 @@ class SelectiveSampler(Sampler):
         self.record.skip(self._rows(n)-self._rows(loaded), known['age'] if known['seen'] else 0., loaded/n)
 
     def __iter__(self):
-        just_looked = not self._seen and not self._exhausted
+        just_looked = not self._seen and self._passes < 2 # workers may have fetched all of it for a look at one batch
         if self._started and not just_looked: self._end(self.epoch+1)
         order = self._planned()
-        self._started = True
+        self._started,self._exhausted = True,False
         for part in order.split(2**16): yield from part.tolist()
         self._exhausted = True
+        self._passes += 1
 
     def __len__(self):
         if self._done: self._end(self.epoch+1)
