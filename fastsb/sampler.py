@@ -115,7 +115,7 @@ class WithItems(Dataset):
         plain = isinstance(sample, (tuple,list)) and not hasattr(sample, '_fields')
         return type(sample)([*sample, i]) if plain else (sample,i)
 
-# %% ../nbs/07_sampler.ipynb #cf60a51c
+# %% ../nbs/07_sampler.ipynb #7b84a313
 class SelectiveSampler(Sampler):
     """The items of each epoch, chosen by what training has left of them. For any PyTorch `DataLoader`.
 
@@ -412,9 +412,10 @@ class SelectiveSampler(Sampler):
         if self._started and not just_looked: self._end(self.epoch+1)
         order = self._planned()
         self._started,self._exhausted = True,False
-        for part in order.split(2**16): yield from part.tolist()
-        self._exhausted = True
+        for part in order[:-1].split(2**16): yield from part.tolist()
+        self._exhausted = True # already, since who counts the batches does not ask whether there is another one
         self._passes += 1
+        yield int(order[-1])
 
     def __len__(self):
         if self._done: self._end(self.epoch+1)
