@@ -1,4 +1,7 @@
 "Run by torchrun in several processes: fastai fits with selection must take the same steps in all of them, and end with the same weights."
+import gc
+import sys
+
 import torch
 import torch.distributed as dist
 from common import Spy, digits_learner
@@ -68,8 +71,9 @@ def check(name, learn, spy, drop_last, least, most, fp):
 
 
 if __name__ == "__main__":
-    for name in fits:
+    for name in sys.argv[1:] or fits:
         run(name)
     print(f"rank {dist.get_rank()} fine", flush=True)
     dist.barrier()
+    gc.collect()  # models in DDP hold on to the process group; at the interpreter's end that is "terminate called", exit -6
     dist.destroy_process_group()
