@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['log_columns', 'Stopwatch', 'Points', 'Record']
 
-# %% ../nbs/08_record.ipynb #d46a4ada
+# %% ../nbs/08_record.ipynb #53c6c71f
 import time, warnings
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-# %% ../nbs/08_record.ipynb #84495f93
+from .memory import together
+
+# %% ../nbs/08_record.ipynb #bedae0e9
 class Stopwatch:
-    "Seconds spent in named stretches: `perf_counter` on a CPU; on a GPU events, which are read only when the seconds are asked for"
+    "Seconds spent in named stretches. On a GPU they are events, which are read only when the seconds are asked for"
     def __init__(self): self._open,self._events,self._secs = {},[],defaultdict(float)
 
     def _now(self, device):
@@ -47,7 +50,7 @@ class Stopwatch:
         self._events,self._secs = [],defaultdict(float)
         return secs
 
-# %% ../nbs/08_record.ipynb #dc3e5d08
+# %% ../nbs/08_record.ipynb #a7dc13fc
 class Points:
     "At most `limit` points of a curve, evenly thinned as they come"
     def __init__(self,
@@ -76,11 +79,12 @@ class Points:
         state:dict, # From `state_dict`
     ):
         "Go on from `state`"
-        self.limit,self.every,self.seen,self.x,self.y = state['limit'],state['every'],state['seen'],list(state['x']),list(state['y'])
+        self.limit,self.every,self.seen = state['limit'],state['every'],state['seen']
+        self.x,self.y = list(state['x']),list(state['y'])
 
-# %% ../nbs/08_record.ipynb #4a7a302b
-log_columns = ('fit epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads score_age '
-               'loading_s').split()
+# %% ../nbs/08_record.ipynb #c5bab726
+log_columns = ('fit epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s '
+               'left top_share loads score_age loading_s').split()
 
 class Record:
     "Counts, seconds and sums of a training, and a log of a row an epoch"
@@ -137,7 +141,8 @@ class Record:
         sure = torch.where(finite, losses, 0.)
         held = sure.clamp(min=0)
         top = held.topk(-(-len(held)//5)).values
-        self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum(), held=held.sum(), top_held=top.sum())
+        self.sum(candidate_loss=sure.sum(), finite=finite.sum(), bad=(~finite).sum())
+        self.sum(held=held.sum(), top_held=top.sum())
 
     def trained(self,
         loss:Tensor, # () mean loss of a batch that was trained on
@@ -166,30 +171,34 @@ class Record:
     ) -> dict|None: # The epoch's row of the log; None if nothing was offered
         "End the epoch: add its row to `log` and begin another"
         n = {k: self.counts[k]-self._before[k] for k in self.counts}
-        epoch,secs,skipped,age,trained,sums = self.epoch,self.clock.read(),self.skipped,self._age,self._trained,self._fetch()
+        secs,sums = self.clock.read(),self._fetch()
+        epoch,skipped,age,trained = self.epoch,self.skipped,self._age,self._trained
         self.epoch += 1
         self._begin()
         if not n['candidates']: return None
         mean = lambda a,b: sums[a]/b if b else float('nan')
-        row = dict(fit=self.fit, epoch=epoch, **n, selected=n['bp']/n['candidates'], left=left, loads=n['candidates']-skipped, score_age=age,
-            candidate_loss=mean('candidate_loss', sums['finite']), trained_loss=mean('trained_loss', trained),
-            top_share=mean('top_held', sums['held']), **{f'{k}_s': secs.get(k, 0.) for k in ('scoring','training','loading')})
+        counts = dict(**n, selected=n['bp']/n['candidates'], left=left, loads=n['candidates']-skipped, score_age=age)
+        losses = dict(candidate_loss=mean('candidate_loss', sums['finite']), trained_loss=mean('trained_loss', trained))
+        seconds = {f'{k}_s': secs.get(k, 0.) for k in ('scoring','training','loading')}
+        row = dict(fit=self.fit, epoch=epoch, **counts, **losses, **seconds, top_share=mean('top_held', sums['held']))
         self._warn(row, int(sums['bad']), left, who)
         self.log.append({k: row[k] for k in log_columns})
         return self.log[-1]
 
     def _warn(self, row, bad, left, who):
+        if together() and dist.get_rank() > 0: return # the first process speaks for all
         if bad and not getattr(self, '_warned', False):
             self._warned = True
-            warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for percentiles; "
-                          "their examples are trained on.")
+            warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for "
+                          "percentiles; their examples are trained on.")
         if row['fp'] and not row['bp'] and not left:
-            warnings.warn(f"Nothing was selected in epoch {row['epoch']}: with {who}, no example of {row['candidates']} had a loss above "
-                          "the recent ones.")
+            warnings.warn(f"Nothing was selected in epoch {row['epoch']}: with {who}, no example of "
+                          f"{row['candidates']} had a loss above the recent ones.")
 
     def state_dict(self) -> dict: # Plain Python values only
         "What `load_state_dict` needs to go on after an epoch as if nothing had been between"
-        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=[dict(r) for r in self.log], points=self.points.state_dict())
+        log = [dict(r) for r in self.log]
+        return dict(fit=self.fit, epoch=self.epoch, counts=dict(self.counts), log=log, points=self.points.state_dict())
 
     def check_state(self,
         state:dict, # From `state_dict`
@@ -198,8 +207,10 @@ class Record:
         lacks = {'fit','epoch','counts','log','points'} - set(state)
         if lacks: raise ValueError(f"The saved record lacks {sorted(lacks)}.")
         c = state['counts']
-        if set(c) != set(self.counts) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in c.values()):
-            raise ValueError(f"The saved record has counts={c!r}, which must be whole numbers of at least 0 for {', '.join(self.counts)}.")
+        is_count = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
+        if set(c) != set(self.counts) or not all(map(is_count, c.values())):
+            raise ValueError(f"The saved record has counts={c!r}, which must be whole numbers of at least 0 "
+                             f"for {', '.join(self.counts)}.")
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
