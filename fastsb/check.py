@@ -9,7 +9,7 @@ __all__ = ['check_number', 'check_positive', 'check_int', 'check_bool', 'check_c
 import math
 from numbers import Real
 
-# %% ../nbs/00_check.ipynb #d23658c6
+# %% ../nbs/00_check.ipynb #0056f80b
 def check_number(
     name:str, # What the argument is called
     value, # What was passed
@@ -18,7 +18,8 @@ def check_number(
     why:str='', # What it is, to end the sentence with
 ):
     "Raise `TypeError` or `ValueError` unless `value` is a finite number in [low, high]"
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name}={value!r} must be a number{why}.")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} must be a number{why}.")
     allowed = f'between {low:g} and {high:g}' if high < math.inf else f'at least {low:g}'
     if not low <= value <= high or math.isinf(value): raise ValueError(f"{name}={value!r} must be {allowed}{why}.")
 
@@ -68,21 +69,23 @@ def check_choice(
     allowed, # The values that it may have
 ):
     "Raise `ValueError` unless `value` is one of `allowed`"
-    if value not in tuple(allowed): raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
+    if value not in tuple(allowed):
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
 
-# %% ../nbs/00_check.ipynb #e578ed85
+# %% ../nbs/00_check.ipynb #b0b16c7d
 class Window:
     "From when to when a fit selects: before `start` and from `end` on everything is trained on"
     def __init__(self,
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
-        end:int|float|None=.9, # When everything is trained on again: an int is epochs, a float a fraction of the fit; None: never
+        end:int|float|None=.9, # When everything is trained on again: the same; None: never
     ):
         for name,v in (('start',start),('end',end)):
             if v is None and name == 'end': continue
             high = 1. if isinstance(v, float) else math.inf
             check_number(name, v, high=high, why=' (an int is epochs, a float a fraction of the fit)')
         if isinstance(start, float) and start == 1.:
-            raise ValueError("start=1.0 is a fraction of the fit: nothing would ever be selected. For one epoch, pass start=1.")
+            raise ValueError("start=1.0 is a fraction of the fit: nothing would ever be selected. "
+                             "For one epoch, pass start=1.")
         if type(start) is type(end) and end <= start:
             raise ValueError(f"end={end} must come after start={start}, or nothing is ever selected.")
         self.start,self.end = start,end
@@ -100,7 +103,7 @@ class Window:
         progress:float, # The share of the fit that is done, in [0,1]
         epochs:int|None=None, # How many the fit has, if that is known
     ) -> bool:
-        "Is something to be left out of an epoch that is chosen as a whole? Not of the last one, if there is to be a last stretch"
+        "Is something to be left out of an epoch that is chosen as a whole? Not of the last, if there is a last stretch"
         last = epochs is not None and epoch >= epochs-1
         stretch = isinstance(self.end, float) and self.end < 1
         return (epoch,progress) in self and not (last and stretch)

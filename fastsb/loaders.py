@@ -15,7 +15,7 @@ from torch import Tensor
 from .memory import as_items
 from .sampler import without_small_rest
 
-# %% ../nbs/10_loaders.ipynb #9f56f075
+# %% ../nbs/10_loaders.ipynb #2e8914b6
 def inner_loader(
     dl, # A fastai `DataLoader`
 ): # The loader inside of a `DistributedDL`; `dl` itself if it is none
@@ -43,7 +43,8 @@ def check_loader(
     if _is(dl, 'DataLoaders'): raise ValueError("Pass one of the DataLoaders, such as dls.train.")
     dl = inner_loader(dl)
     name = type(dl).__name__
-    if not isinstance(dl, DataLoader): why = f"a {type(dl).__module__}.{name} does not tell: only fastai's DataLoaders do"
+    if not isinstance(dl, DataLoader):
+        why = f"a {type(dl).__module__}.{name} does not tell: only fastai's DataLoaders do"
     elif _is(dl, 'LMDataLoader'): why = f"the batches of an {name} are stretches of one long text, not items"
     elif not dl.indexed or dl.n is None: why = f"the data set of this {name} has no indices or no length"
     elif dl.bs is None: why = f"this {name} has bs=None: its data set gives whole batches"
@@ -78,9 +79,11 @@ class _Altered:
     def __enter__(self): return self.start()
     def __exit__(self, *exc): self.stop()
 
-# %% ../nbs/10_loaders.ipynb #2d0fed90
+# %% ../nbs/10_loaders.ipynb #ee5bf0da
 class _Untag:
-    "Takes the place of `after_batch`, and is, to all who look at it, what stood there: `TfmdDL` asks whether it is a `Pipeline` and sets its `split_idx`"
+    """Takes the place of `after_batch`, and is, to all who look at it, what stood there.
+
+    `TfmdDL` asks whether it is a `Pipeline` and sets its `split_idx`."""
     def __init__(self, tracker, f): vars(self).update(_tracker=tracker, _f=f)
     __class__ = property(lambda self: type(self._f))
     def __getattr__(self, k): return getattr(self._f, k)
@@ -90,9 +93,10 @@ class _Untag:
     def __reduce__(self): return _Untag,(self._tracker, self._f)
 
 class ItemTracker(_Altered):
-    """Tells which items of the data set the batch at hand is made of: `with ItemTracker(dl) as t: for b in dl: t.items`.
+    """Tells which items of the data set the batch at hand is made of: `with ItemTracker(dl) as t: for b in dl: t.items`
 
-    It is right for any number of workers, order, sampling and padding. What it cannot see is a `before_batch` that changes the order of its samples."""
+    It is right for any number of workers, order, sampling and padding. What it cannot see is a `before_batch` that
+    changes the order of its samples."""
     items:Tensor|None = None # (B,) long, on the loader's device: indices into `dl.dataset` of the batch that came last
     def __init__(self,
         dl, # A fastai `DataLoader`
@@ -119,8 +123,8 @@ class ItemTracker(_Altered):
 
     def _untag(self, b):
         if not isinstance(b, dict) or '_batch' not in b:
-            raise ValueError(f"This {type(self.dl).__name__} makes batches in a way of its own, so it is not known of which items: "
-                             "use score='model' with it.")
+            raise ValueError(f"This {type(self.dl).__name__} makes batches in a way of its own, so it is not known of "
+                             "which items: use score='model' with it.")
         items,b = b.get('_items'),b['_batch']
         if self.dl.pin_memory and type(b) is list: b = tuple(b) # as fastai's `__iter__` does
         b = self._was('after_batch', b)
@@ -150,12 +154,13 @@ def _rows(x):
     while isinstance(x, (tuple,list,dict)) and len(x): x = next(iter(x.values() if isinstance(x, dict) else x))
     return len(x) if isinstance(x, Tensor) and x.dim() else None
 
-# %% ../nbs/10_loaders.ipynb #11b47f07
+# %% ../nbs/10_loaders.ipynb #d243dc5e
 class shortened(_Altered):
-    """For one epoch `dl` yields `items` only, in the order that it would have given them: `with shortened(dl, items): for b in dl: ...`
+    """For one epoch `dl` yields `items` only, in the order that it would have given them.
 
-    No last batch is of less than half: then `dl.bs` is a little smaller for that epoch, or a few of `items`, drawn, are left out.
-    `drop_last` is obeyed as ever. The shares that a `DistributedDL` makes of the epoch are looked after in the same way."""
+    `with shortened(dl, items): for b in dl: ...`. No last batch is of less than half: then `dl.bs` is a little smaller
+    for that epoch, or a few of `items`, drawn, are left out. `drop_last` is obeyed as ever. The shares that a
+    `DistributedDL` makes of the epoch are looked after in the same way."""
     def __init__(self,
         dl, # A fastai `DataLoader`
         items, # Indices into `dl.dataset`, in any order
@@ -182,7 +187,8 @@ class shortened(_Altered):
         if self.outer is not None: self._outer_bs,self.outer.bs = self.outer.bs,bs
         if len(dl) != (len(order)//bs if drop else -(-len(order)//bs)):
             self.stop()
-            raise ValueError(f"A {type(dl).__name__} counts its batches in a way of its own and cannot be shortened: use score='model' with it.")
+            raise ValueError(f"A {type(dl).__name__} counts its batches in a way of its own and cannot be shortened: "
+                             "use score='model' with it.")
         return self
 
     def _rows(self, n):
@@ -201,7 +207,7 @@ class shortened(_Altered):
         super().stop()
 
     def _drawn(self):
-        "The indices that the loader would give now: what `__iter__` does before each epoch, without moving its random state"
+        "What the loader would give now: as `__iter__` does before each epoch, but without moving its random state"
         dl = self.dl
         rng,state = dl.rng,dl.rng.getstate()
         try:
@@ -213,7 +219,7 @@ class shortened(_Altered):
         return drawn
 
     def _joined(self, drawn, least):
-        "The items among those drawn, and others of these until there are `least`, in the order in which they were drawn"
+        "The items among those drawn, and others of these until there are `least`, in the order that they were drawn in"
         chosen = torch.isin(drawn, self.items)
         others = (~chosen).nonzero().squeeze(1)
         chosen[others[:least-int(chosen.sum())]] = True

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .check import check_int, check_number
 
-# %% ../nbs/06_memory.ipynb #919081f2
+# %% ../nbs/06_memory.ipynb #046ba8b8
 def as_items(
     items, # Indices, in any form that makes a tensor of whole numbers
     n:int, # How many items there are
 ) -> Tensor: # (k,) long
-    "`items` as a tensor; `TypeError` if they are no whole numbers, `ValueError` if one is not in [0,n), which is not looked for on a GPU"
+    """`items` as a tensor; `TypeError` if they are no whole numbers, `ValueError` if one is not in [0,n).
+
+    On a GPU nobody looks whether one is not: it would have to wait."""
     items = torch.as_tensor(items).detach().as_subclass(Tensor).reshape(-1)
     if not len(items): return items.long()
     if items.is_floating_point() or items.is_complex() or items.dtype == torch.bool:
@@ -53,16 +55,18 @@ def _values(
     n:int, # How many there must be
     device:torch.device, # Where they are wanted
 ): # (n,) float32, or None
-    "`v` as a plain tensor. Only what goes to a GPU may go without waiting: what comes from one would be read before it is there"
+    "`v` as a plain tensor"
     if v is None: return None
-    v = torch.as_tensor(v).detach().as_subclass(Tensor).reshape(-1).float().to(device, non_blocking=device.type != 'cpu')
+    v = torch.as_tensor(v).detach().as_subclass(Tensor).reshape(-1).float()
+    v = v.to(device, non_blocking=device.type != 'cpu') # what comes from a GPU would be read before it is there
     if len(v) != n: raise ValueError(f"There are {n} items, but {len(v)} {name}.")
     return v
 
-# %% ../nbs/06_memory.ipynb #2ecefcd3
+# %% ../nbs/06_memory.ipynb #666fa07e
 class ItemMemory:
-    """Loss and doubt of each item of a data set, as moving averages, with their age and how often it was trained: 12 bytes an item, on any device.
+    """Loss and doubt of each item of a data set, as moving averages, with their age and how often it was trained.
 
+    It takes 12 bytes an item, on any device.
     Where a selector takes a `history`, it takes a memory too: `selector.select(memory.losses(), history=memory)`."""
     exact_up_to = 2**22 # items: up to here `percentile` is exact
     bits = 20           # beyond, it counts losses by their first `bits` bits: sign, exponent, 11 of the mantissa
@@ -76,7 +80,8 @@ class ItemMemory:
         check_number('momentum', momentum, high=1., why=', the weight of what is remembered')
         if momentum == 1: raise ValueError("momentum=1 would never remember a new loss: it must be below 1.")
         self.n_items,self.momentum = n_items,float(momentum)
-        new = lambda v,dtype: torch.full((n_items+1,), v, dtype=dtype, device=device) # the last slot takes what is not stored
+        slots = n_items+1 # the last one takes what is not stored
+        new = lambda v,dtype: torch.full((slots,), v, dtype=dtype, device=device)
         self._loss,self._doubt = (new(torch.nan, torch.float32) for _ in range(2))
         self._epoch,self._times = (new(0, torch.int16) for _ in range(2))
         self._rank = None # what `percentile` needs, until the next update
@@ -89,7 +94,9 @@ class ItemMemory:
         seen = int((self._loss[:-1].isfinite() | self._doubt[:-1].isfinite()).sum())
         return f"ItemMemory(n_items={self.n_items}, momentum={self.momentum:g}), {seen} of them seen"
 
-    def _get(self, a, items): return a[:-1].clone() if items is None else a[as_items(items, self.n_items).to(self.device)]
+    def _get(self, a, items):
+        if items is None: return a[:-1].clone()
+        return a[as_items(items, self.n_items).to(self.device)]
 
     def update(self,
         items:Tensor, # (B,) indices of the items
@@ -98,7 +105,7 @@ class ItemMemory:
         epoch:int=0, # The current epoch, from 0
         trained:bool=True, # Were they trained on? (Not if it was a scoring pass)
     ):
-        "Remember `losses` and `doubt`; of an item that comes several times, the last. O(B), and without waiting for the device"
+        "Remember `losses` and `doubt`; of an item that comes several times, the last. O(B), and nobody waits"
         check_int('epoch', epoch, 0)
         items = as_items(items, self.n_items).to(self.device, non_blocking=self.device.type != 'cpu')
         l,d = (_values(k, v, len(items), self.device) for k,v in (('losses',losses),('doubts',doubt)))
@@ -201,10 +208,11 @@ class ItemMemory:
     def percentile(self,
         losses:Tensor, # (B,) losses of any float dtype
     ) -> Tensor: # (B,) float32 in [0,1]
-        """Share of all items seen whose loss lies strictly below each of `losses`; 1 where a loss is NaN or nothing was seen yet.
+        """Share of all items seen whose loss lies strictly below each of `losses`; 1 where one is NaN, or none was seen.
 
-        Exact up to `exact_up_to` items. Beyond, it is the share in lower bins, each 1/2048 wide in proportion to its numbers: never too high, and too low by
-        less than what one bin holds, see `error`. Sorting or counting is done once, and again only after the next `update`; counting waits for the device."""
+        Exact up to `exact_up_to` items. Beyond, it is the share in lower bins, each 1/2048 wide in proportion to its
+        numbers: never too high, and too low by less than what one bin holds, see `error`. Sorting or counting is done
+        once, and again only after the next `update`; counting waits for the device."""
         l = losses.detach().as_subclass(Tensor).reshape(-1).float()
         x = l.to(self.device).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         known,n = self._ranked()
@@ -213,19 +221,20 @@ class ItemMemory:
 
     @property
     def error(self) -> float:
-        "How far `percentile` may be below the truth: what the fullest bin holds of all losses; 0 where it is exact (this waits for the device)"
+        "How far `percentile` may be too low: what the fullest bin holds of all; 0 where it is exact (this waits)"
         return float(self._ranked()[1]) if self.n_items > self.exact_up_to else 0.
 
     def share(self):
-        """Bring together what the processes of a distributed training have seen since the last time: afterwards all remember the same.
+        """Bring together what processes that train together have seen since the last time: then all remember the same.
 
-        Each sends only the items that it has seen. An item that several have seen (samplers pad their shares) gets the mean of what they remember. To be called by all at once."""
+        Each sends only the items that it has seen. An item that several have seen (samplers pad their shares) gets the
+        mean of what they remember. To be called by all at once."""
         if not together(): return
         mine = self._mine()
         theirs = _gather(mine)
         items = torch.cat([m[0] for m in theirs]).long().unique()
         total,seen,times = (torch.zeros(k, len(items), dtype=torch.float64, device=self.device) for k in (3,2,1))
-        for m in theirs: # one process after the other: no place is written twice at once, so that all of them come to the same numbers
+        for m in theirs: # one after the other: no place is written twice at once, so that all come to the same numbers
             at = torch.searchsorted(items, m[0].long())
             known = ~m[1:3].isnan()
             total[:2,at] += torch.where(known, m[1:3], 0.)
@@ -240,7 +249,7 @@ class ItemMemory:
         self._touched,self._rank = [],None
 
     def _mine(self):
-        "(5,k) float64: the items seen since the last `share`, their loss, doubt, epoch, and how often they were trained on since"
+        "(5,k) float64: the items seen since the last `share`, their loss, doubt, epoch, and times trained"
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         items,at = torch.cat([none, *(i for i,_ in self._touched)]).unique(return_inverse=True)
         trained = torch.cat([none, *(torch.full_like(i, int(t)) for i,t in self._touched)])
@@ -260,15 +269,18 @@ class ItemMemory:
         lacks = {'n_items','momentum','loss','doubt','epoch','times'} - set(state)
         if lacks: raise ValueError(f"The saved memory lacks {sorted(lacks)}.")
         if state['n_items'] != self.n_items:
-            raise ValueError(f"The saved memory is of {state['n_items']} items, this one of {self.n_items}: the data set is not the same.")
+            raise ValueError(f"The saved memory is of {state['n_items']} items, this one of {self.n_items}: "
+                             "the data set is not the same.")
         if state['momentum'] != self.momentum:
             raise ValueError(f"The saved memory has momentum={state['momentum']:g}, this one {self.momentum:g}.")
         for k in ('loss','doubt','epoch','times'):
             v,own = state[k],getattr(self, '_'+k)
             if not isinstance(v, Tensor) or v.shape != (self.n_items,) or v.dtype != own.dtype:
                 what = f'{v.dtype} of shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
-                raise ValueError(f"The saved memory's {k} must be a {own.dtype} tensor of shape ({self.n_items},), not {what}.")
-        if (state['times'] < 0).any(): raise ValueError("The saved memory says of an item that it was trained on less than 0 times.")
+                raise ValueError(f"The saved memory's {k} must be a {own.dtype} tensor of shape ({self.n_items},), "
+                                 f"not {what}.")
+        if (state['times'] < 0).any():
+            raise ValueError("The saved memory says of an item that it was trained on less than 0 times.")
 
     def load_state_dict(self,
         state:dict, # From `state_dict`, of any device

@@ -10,9 +10,11 @@ import math, time, warnings
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .check import check_int
+from .memory import together
 
 # %% ../nbs/08_record.ipynb #149f5984
 class Stopwatch:
@@ -230,6 +232,7 @@ class Record:
         return self.log[-1]
 
     def _warn(self, row, bad, left, who):
+        if together() and dist.get_rank() > 0: return # the first process speaks for all
         if bad and not self.warned:
             self.warned = True
             warnings.warn(f"{bad} losses of epoch {row['epoch']} were NaN or infinite. They are not used for "

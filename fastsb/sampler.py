@@ -5,21 +5,30 @@
 # %% auto #0
 __all__ = ['choose', 'check_remembering', 'without_small_rest', 'WithItems', 'SelectiveSampler', 'from_first']
 
-# %% ../nbs/07_sampler.ipynb #97f251c2
-import math
+# %% ../nbs/07_sampler.ipynb #08b8ca6f
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .check import Window, check_bool, check_callable, check_choice, check_int
+from .history import as_losses
 from .losses import per_item_loss, shows_doubt
 from .memory import ItemMemory, as_items, collective_device, together
 from .record import Record
-from .select import Selection, Selector, Uncertainty
+from .select import ByDoubt, Selection, Selector, Uncertainty
 
-# %% ../nbs/07_sampler.ipynb #575aaab6
+# %% ../nbs/07_sampler.ipynb #6a5f6217
+def _candidates(memory, items, chunk):
+    "The candidates, `chunk` at a time, on the memory's device"
+    n = len(memory) if items is None else len(items)
+    for a in range(0, n, chunk):
+        b = min(a+chunk, n)
+        part = torch.arange(a, b) if items is None else items[a:b]
+        yield a,part.to(memory.device)
+
 def choose(
     memory:ItemMemory, # What is remembered of each item
     selector:Selector, # Who chooses
@@ -28,8 +37,8 @@ def choose(
     max_age:int|None=None, # Items that were last seen more epochs ago than this are chosen in any case
     chunk:int=2**18, # Candidates at a time, where the selector draws each by itself
     probs:bool=True, # Are the probabilities wanted? Without them it takes less memory
-) -> tuple: # All on the CPU: (k,) long, ascending; (k,) their probabilities, or None; (k,) weights, or None if the selector gives none
-    "Which items an epoch is to be made of: what the selector chooses by what is remembered, and all of which nothing is known, or nothing recent"
+) -> tuple: # On the CPU: (k,) long, ascending; (k,) their probabilities, or None; (k,) the selector's weights, or None
+    "Which items an epoch is made of: what `selector` chooses, and all of which nothing, or nothing recent, is known"
     if not isinstance(memory, ItemMemory): raise TypeError(f"memory={memory!r} must be an ItemMemory.")
     check_remembering(selector)
     check_int('epoch', epoch, 0)
@@ -39,8 +48,7 @@ def choose(
     n = len(memory) if items is None else len(items)
     if selector.exact or selector.global_: chunk = max(n, 1)
     chosen,ps,ws = torch.zeros(n, dtype=torch.bool),[torch.zeros(0)],[torch.zeros(0)]
-    for a in range(0, n, chunk):
-        part = torch.arange(a, min(a+chunk, n), device=memory.device) if items is None else items[a:a+chunk].to(memory.device)
+    for a,part in _candidates(memory, items, chunk):
         scores = remembered(part, epoch, max_age)
         known = scores.isfinite()
         at,keep = known.nonzero().squeeze(1),~known
@@ -62,25 +70,31 @@ def check_remembering(
     "Raise `TypeError` or `ValueError` unless `selector` can choose by what is remembered of items"
     if not isinstance(selector, Selector): raise TypeError(f"selector={selector!r} must be a fastsb Selector.")
     if selector.needs_pred:
-        raise ValueError(f"{selector} looks at predictions, and a memory has only losses and doubts: use Percentile(), or score='model' and stale=1.")
+        raise ValueError(f"{selector} looks at predictions, and a memory has only losses and doubts: "
+                         "use Percentile(), or score='model' and stale=1.")
 
 def without_small_rest(
     n:int, # How many items there are
     bs:int, # Rows of a batch
 ) -> int: # How many to take of them
-    "So many of `n` that no last batch is of less than half: a batch of few rows is mostly noise, and BatchNorm cannot train on a single one"
+    "So many that no last batch is of less than half: that is mostly noise, and BatchNorm cannot train on one row"
     rest = n % bs
-    return n-rest if n > bs and 0 < rest < max(bs/2, 2) else n
+    small = 0 < rest < max(bs/2, 2)
+    return n-rest if n > bs and small else n
 
-# %% ../nbs/07_sampler.ipynb #403cdcad
+# %% ../nbs/07_sampler.ipynb #c12d34a9
 class WithItems(Dataset):
-    """`dataset`, telling of each sample which item it is: as last entry of a tuple or list, under `key` in a dict, and else as (sample, item).
+    """`dataset`, telling of each sample which item it is: as last entry of a tuple or list, under `key` in a dict.
 
-    `DataLoader(WithItems(ds), sampler=sampler)` yields batches such as (inputs, targets, items)."""
+    `DataLoader(WithItems(ds), sampler=sampler)` yields batches such as (inputs, targets, items).
+    Samples that are something else, named tuples among them, become (sample, item)."""
     def __init__(self,
         dataset, # An indexed data set
         key:str='items', # The name of the entry in samples that are dicts
-    ): self.dataset,self.key = dataset,key
+    ):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__'):
+            raise TypeError(f"dataset={dataset!r} must have indices: of a stream, nobody knows which items come.")
+        self.dataset,self.key = dataset,key
 
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i): return self._tell(self.dataset[i], i)
@@ -94,74 +108,110 @@ class WithItems(Dataset):
 
     def _tell(self, sample, i):
         i = int(i)
-        if isinstance(sample, dict): return {**sample, self.key: i}
-        if hasattr(sample, '_fields') or not isinstance(sample, (tuple,list)): return sample,i
-        return type(sample)([*sample, i])
+        if isinstance(sample, Mapping):
+            if self.key in sample:
+                raise ValueError(f"Samples have an entry {self.key!r} already: pass another key= to WithItems.")
+            return {**sample, self.key: i}
+        plain = isinstance(sample, (tuple,list)) and not hasattr(sample, '_fields')
+        return type(sample)([*sample, i]) if plain else (sample,i)
 
-# %% ../nbs/07_sampler.ipynb #0dd4185d
+# %% ../nbs/07_sampler.ipynb #7b84a313
 class SelectiveSampler(Sampler):
-    """The items of each epoch, chosen by what training has left of them: for any PyTorch `DataLoader`, in any number of processes.
+    """The items of each epoch, chosen by what training has left of them. For any PyTorch `DataLoader`.
 
-    `for xb,yb,items in DataLoader(WithItems(ds), bs, sampler=sampler): ...; sampler.observe(items, pred=pred, yb=yb)`. Each pass over the loader is an epoch.
-    Where processes train together, each gets its share of the same choice, the same number of batches; what they have seen is brought together once an epoch."""
+    `for xb,yb,items in DataLoader(WithItems(ds), bs, sampler=sampler): ...; sampler.observe(items, pred=pred, yb=yb)`.
+    Each pass over the loader is an epoch.
+
+    Where processes train together, each gets its share of the same choice, the same number of batches. What they have
+    seen is brought together when the next epoch is planned: at its first batch or by `len`. All must come to that."""
     def __init__(self,
         n_items:int, # Number of items in the data set
         selector:Selector|None=None, # Who chooses; None: those in most doubt, `Uncertainty(.5)`
-        loss_func=None, # The loss of the training, by which losses and doubts are read off predictions; None: losses are passed to `observe`
+        loss_func=None, # The training's, to read losses and doubts off predictions; None: `observe` is given losses
         epochs:int|None=None, # How many the fit has; needed where `start` or `end` is a share of it
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float|None=.9, # When everything is trained on again: the same; None: never
         bs:int|None=None, # Rows of the loader's batches, so that no small last one is made; None: it is not known
+        drop_last:bool=False, # Does the loader leave out a last batch that is not full? Then an epoch has one at least
         max_age:int=5, # Items that were not trained on for so many epochs come back
         momentum:float=.5, # Of the moving averages that are remembered; 0: the last value
         rescale:str='mean', # Weights: 'mean' none, 'sum' chosen / items, 'inverse' to the probability; see `weights`
         shuffle:bool=True, # Yield the items in a new random order each epoch? Else in that of the data set
         seed:int|None=None, # Of the order; None: derived from torch's seed, which is read but not moved
-        per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
+        per_item=None, # Callable `(pred, *targets) -> (B,)`, for a loss that cannot be split into one loss per example
         device='cpu', # Where to remember
-        num_replicas:int|None=None, # Among how many processes the items are shared out; None: all that train together; 1: somebody else does that
+        num_replicas:int|None=None, # Processes that share the items; None: all there are; 1: somebody else shares out
         rank:int|None=None, # Which of them this is; None: the process's own rank
         record:Record|None=None, # Where to write down what happens; None: a record of its own
     ):
         super().__init__()
         self.window = Window(start, end)
         check_int('epochs', epochs, 1, none=True)
-        check_int('bs', bs, 1, none=True)
         check_int('max_age', max_age, 1)
         check_int('seed', seed, 0, none=True)
         check_bool('shuffle', shuffle)
         check_choice('rescale', rescale, ('mean','sum','inverse'))
         check_callable('per_item', per_item, why=', a callable (pred, *targets) -> (B,)')
-        self.selector,self.loss_func,self.per_item = self._who(selector, loss_func, rescale),loss_func,per_item
+        self._check_batches(bs, drop_last)
+        self._check_processes(num_replicas, rank)
+        self.selector = self._who(selector, loss_func, rescale)
+        self.loss_func,self.per_item = loss_func,per_item
         self.memory = ItemMemory(n_items, momentum, device)
         self.record = Record() if record is None else record
-        self.epochs,self.bs,self.max_age,self.rescale,self.shuffle = epochs,bs,max_age,rescale,shuffle
+        self.epochs,self.max_age,self.rescale,self.shuffle = epochs,max_age,rescale,shuffle
+        self.bs,self.drop_last = bs,drop_last
         self.seed = torch.initial_seed() % 2**63 if seed is None else seed
-        self.num_replicas,self.rank = self._processes(num_replicas, rank)
+        self._replicas,self._rank = num_replicas,rank
         self.chosen,self._weights = None,None
         self.past = 0 # epochs of fits before this one: ages run on
         self._go_to(0)
 
     @staticmethod
+    def _check_batches(bs, drop_last):
+        check_int('bs', bs, 1, none=True)
+        check_bool('drop_last', drop_last)
+        if drop_last and bs is None: raise ValueError("drop_last=True needs bs=, the rows of a full batch.")
+
+    @staticmethod
+    def _check_processes(num_replicas, rank):
+        check_int('num_replicas', num_replicas, 1, none=True)
+        check_int('rank', rank, 0, none=True)
+        if rank is None: return
+        if num_replicas is None: raise ValueError(f"rank={rank} needs num_replicas=, the number of processes.")
+        if rank >= num_replicas: raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
+
+    @staticmethod
     def _who(selector, loss_func, rescale):
         if selector is None:
             if not shows_doubt(loss_func):
-                raise ValueError(f"selector=None goes by the model's doubt, which is read off predictions for a loss over classes, and loss_func={loss_func!r} "
-                                 "is not known as one: pass loss_func=nn.CrossEntropyLoss(), or a selector that goes by loss, such as TopK(.5).")
+                raise ValueError("selector=None goes by the model's doubt, which is read off predictions for a loss "
+                                 f"over classes, and loss_func={loss_func!r} is not known as one: "
+                                 "pass loss_func=nn.CrossEntropyLoss(), or a selector by loss, such as TopK(.5).")
             selector = Uncertainty(.5)
         check_remembering(selector)
+        if loss_func is not None: selector.check(loss_func)
+        elif isinstance(selector, ByDoubt) and selector.like is None:
+            raise ValueError(f"{selector} goes by the model's doubt, which is read off predictions: pass loss_func=.")
         if selector.weighted and rescale != 'mean':
             raise ValueError(f"rescale={rescale!r}: {selector} weighs what it keeps itself; leave rescale='mean'.")
         return selector
 
-    @staticmethod
-    def _processes(num_replicas, rank):
-        check_int('num_replicas', num_replicas, 1, none=True)
-        check_int('rank', rank, 0, none=True)
-        if num_replicas is None: num_replicas = dist.get_world_size() if together() else 1
-        if rank is None: rank = dist.get_rank() if together() and num_replicas > 1 else 0
-        if rank >= num_replicas: raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
-        return num_replicas,rank
+    @property
+    def num_replicas(self) -> int:
+        "Among how many processes the items are shared out here"
+        if self._replicas is not None: return self._replicas
+        return dist.get_world_size() if together() else 1
+
+    @property
+    def rank(self) -> int:
+        "Which of them this process is"
+        if self._rank is not None: return self._rank
+        return dist.get_rank() if together() and self.num_replicas > 1 else 0
+
+    @property
+    def _ways(self):
+        "Among how many processes the items are shared out, here or by somebody else"
+        return dist.get_world_size() if self.num_replicas == 1 and together() else self.num_replicas
 
     @property
     def now(self) -> int:
@@ -169,15 +219,19 @@ class SelectiveSampler(Sampler):
         return self.past + self.epoch
 
     def __repr__(self):
-        return f"SelectiveSampler({len(self.memory)}, {self.selector}, {self.window}, epochs={self.epochs}), in epoch {self.epoch}"
+        settings = f"{len(self.memory)}, {self.selector}, {self.window}, epochs={self.epochs}"
+        return f"SelectiveSampler({settings}), in epoch {self.epoch}"
 
     # what an epoch is made of
     def begin_fit(self,
         epochs:int|None=None, # How many it has
     ):
-        "A new fit on the same items: what is remembered goes on"
+        "A new fit on the same items: what is remembered goes on, and the log with it"
+        check_int('epochs', epochs, 1, none=True)
+        if self._started: self._end(self.epoch+1)
         self.past += self.epoch + self._begun
         self.epochs = epochs
+        self.record.begin_fit()
         self._go_to(0)
 
     def go_on_from(self,
@@ -194,23 +248,29 @@ class SelectiveSampler(Sampler):
         select:bool|None=None, # Leave something out? None: by `start` and `end`
         selector:Selector|None=None, # Who chooses this time; None: the sampler's own
     ) -> Tensor|None: # (k,) long, ascending, on the CPU: the items chosen; None: all
-        "Choose the items of an epoch. Processes that train together must all call it: their memories are brought together, and the first one chooses for all"
+        """Choose the items of an epoch.
+
+        Processes that train together must all call it: their memories are brought together, and one chooses for all."""
         self.memory.share()
         if epoch != self.epoch: self._go_to(epoch)
         self._begun = True
-        if select is None: select = self.window.selects(epoch, self._progress(epoch) if progress is None else progress, self.epochs)
+        if progress is None: progress = self._progress(epoch)
+        if select is None: select = self.window.selects(epoch, progress, self.epochs)
         self.chosen,self._weights = None,None
-        if select: self._choose(self.selector if selector is None else selector)
+        if select: self._choose(self.selector if selector is None else selector, progress)
+        self._expected = self._rows(len(self.memory) if self.chosen is None else len(self.chosen))
         return self.chosen
 
-    def _choose(self, selector):
+    def _choose(self, selector, progress):
         mine,chosen,w = selector is self.selector,torch.zeros(0, dtype=torch.long),None
         weighs = mine and (selector.weighted or self.rescale != 'mean')
+        selector.at(progress)
         if not together() or dist.get_rank() == 0:
-            chosen,p,w = choose(self.memory, selector, self.now, max_age=self.max_age, probs=self.rescale == 'inverse')
+            now,probs = self.now,self.rescale == 'inverse'
+            chosen,p,w = choose(self.memory, selector, now, max_age=self.max_age, probs=probs)
             if weighs and w is None:
                 share = len(chosen)/len(self.memory)
-                w = torch.full((len(chosen),), share) if self.rescale == 'sum' else share/p
+                w = share/p if probs else torch.full((len(chosen),), share)
         self.chosen = from_first(chosen)
         if weighs: # by item
             w = from_first(torch.zeros(0) if w is None else w)
@@ -219,36 +279,43 @@ class SelectiveSampler(Sampler):
     def weights(self,
         items:Tensor, # (B,) items of a batch of this epoch
     ) -> Tensor|None: # (B,) float32, or None where nothing is to be weighed
-        "Weights of a batch's rows, where the selector gives some (`InfoBatch`) or `rescale` asks for them: the loss is the mean of weight times loss"
-        return None if self._weights is None else self._weights[as_items(items, len(self.memory)).to(self.memory.device)]
+        """Weights of a batch's rows, if the selector gives some (`InfoBatch`) or `rescale` asks for them.
 
+        The loss of the batch is then the mean of weight times loss."""
+        if self._weights is None: return None
+        return self._weights[as_items(items, len(self.memory)).to(self.memory.device)]
+
+    # what training shows
     def observe(self,
         items:Tensor, # (B,) which items the batch was made of
         losses:Tensor|None=None, # (B,) their losses; None: computed from `pred` and `yb`
         pred=None, # The model's output for them; needed for selectors that go by doubt
         yb=(), # Their targets: one, or a tuple of them
         loss:Tensor|None=None, # () the batch's own loss, for the record; None: the mean of `losses`
-        sure:Tensor|bool=True, # (B,) or (): whose loss and doubt are the item's own? Others' are not remembered (images that are half another's)
+        sure:Tensor|bool=True, # (B,) or (): are they the item's own? Others (of mixed images) are not remembered
         count:bool=True, # Put them in the record as candidates that were trained on?
     ):
-        "Remember what training has just shown of these items. Call it once for each batch that was trained on; it makes nobody wait"
+        "Remember what training has just shown of these items. Once for each batch that is trained on; nobody waits"
         with torch.no_grad():
             yb = tuple(yb) if isinstance(yb, (tuple,list)) else (yb,)
-            if losses is None: losses = self._losses(pred, yb)
+            losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
             doubt = None if self.selector.by_loss else self._doubt(losses, pred, yb)
-            kept = [v if sure is True or v is None else torch.where(sure.to(v.device), v, torch.nan) for v in (losses,doubt)]
-            self.memory.update(items, *kept, epoch=self.now)
+            loss = losses.mean() if loss is None else torch.as_tensor(loss)
+            own = _if_sure(losses, sure),_if_sure(doubt, sure)
+            self.memory.update(items, *own, epoch=self.now)
             n = len(losses)
             if count:
-                self.record.offered(n, bp=n, at=self.epoch + self._seen/max(self._yielded, 1))
-                self.record.trained(losses.mean() if loss is None else loss, n)
+                self.record.offered(n, bp=n, at=self.epoch + self._part())
+                self.record.trained(loss, n)
                 if self.chosen is None: self.record.scored(losses)
         self._seen += n
 
     def _losses(self, pred, yb):
         if self.loss_func is None and self.per_item is None:
-            raise ValueError("observe needs losses=, one for each item: predictions tell them only if the sampler is made with loss_func=.")
-        if pred is None: raise ValueError("observe needs losses=, or pred= and yb=, from which they are computed.")
+            raise ValueError("observe needs losses=, one for each item: predictions tell them only if the sampler "
+                             "is made with loss_func=.")
+        if pred is None or not (yb or self.per_item):
+            raise ValueError("observe needs losses=, or pred= and yb=, from which they are computed.")
         return per_item_loss(self.loss_func, pred, *yb, per_item=self.per_item)
 
     def _doubt(self, losses, pred, yb):
@@ -258,21 +325,25 @@ class SelectiveSampler(Sampler):
     # as a `Sampler`
     def _go_to(self, epoch):
         "Be before the epoch `epoch`"
-        self.epoch,self._order,self._begun,self._started,self._exhausted,self._seen,self._yielded = epoch,None,False,False,False,0,0
+        self.epoch,self._order,self._before = epoch,None,None
+        self._begun = self._started = self._exhausted = False
+        self._passes = 0
+        self._seen = self._expected = 0 # rows of this process that were observed, and that will be
 
     def set_epoch(self,
-        epoch:int, # The epoch that begins, from 0
+        epoch:int, # The epoch that begins, from 0. If it is a lower one than that at hand, a new fit begins
     ):
         "Told by a framework which epoch begins. Where nobody does, each pass over the loader is the next one"
         check_int('epoch', epoch, 0)
-        if epoch != self.epoch: self._end(epoch)
+        if epoch < self.epoch: self.begin_fit(self.epochs)
+        if epoch != self.epoch or self._seen: self._end(epoch)
 
     def _end(self, epoch):
         "End the epoch, and go to another"
         if self._started:
             if not self._seen:
-                raise RuntimeError(f"Nothing was observed in epoch {self.epoch}, so there is nothing to choose by: call sampler.observe(items, ...) after "
-                                   "each batch that was trained on.")
+                raise RuntimeError(f"Nothing was observed in epoch {self.epoch}, so there is nothing to choose by: "
+                                   "call sampler.observe(items, ...) for each batch that is trained on.")
             self.note_remembered()
             self.record.epoch = self.epoch
             self.record.end_epoch(who=self.selector)
@@ -282,60 +353,74 @@ class SelectiveSampler(Sampler):
         "In an epoch that loads only some items, `candidate_loss` is the mean of the losses that are remembered of all"
         if self.chosen is None: return
         known = self.memory.summary(self.now)
-        if known['seen']: self.record.sum(candidate_loss=torch.tensor(float(known['loss'])), finite=torch.tensor(1.))
+        if not known['seen']: return
+        self.record.sum(candidate_loss=torch.tensor(float(known['loss'])), finite=torch.tensor(1.))
 
     @property
     def _done(self):
-        "Has all of the epoch been observed? (A loader with drop_last keeps less than a batch to itself)"
-        return self._exhausted and self._seen >= self._yielded - (self.bs or 1) + 1
+        "Has all of the epoch been observed?"
+        return self._exhausted and self._seen >= self._expected
 
     def _planned(self):
         "The items of the epoch in their order, this process's share: what `__iter__` yields"
         if self._order is not None: return self._order
         if self.window.by_share and self.epochs is None:
-            raise ValueError(f"{self.window}: a fraction of the fit needs its length; pass epochs=, or whole numbers of epochs for start and end.")
+            raise ValueError(f"{self.window}: a fraction of the fit needs its length; pass epochs=, or whole numbers "
+                             "of epochs for start and end.")
+        self._before = dict(selector=self.selector.state_dict(), record=self.record.state_dict())
         chosen = self.begin_epoch(self.epoch)
         gen = torch.Generator().manual_seed((self.seed + self.now) % 2**63)
         order = torch.arange(len(self.memory)) if chosen is None else self._enough(chosen, gen)
         if self.shuffle: order = order[torch.randperm(len(order), generator=gen)]
         if chosen is not None: order = self._even(order, gen)
         self._order = self._share(from_first(order))
-        self._yielded = len(self._order)
+        self._expected = self._rows(len(order))
         if chosen is not None: self._note_skipped(len(order))
         return self._order
 
+    def _rows(self, n):
+        "Of an epoch of `n` items, how many come in this process's batches"
+        each = -(-n//self._ways)
+        return each//self.bs*self.bs if self.drop_last else each
+
     def _enough(self, chosen, gen):
         "At least two items for each process: BatchNorm cannot train on a single row. Who is added is drawn"
-        lacking = min(2*self.num_replicas, len(self.memory)) - len(chosen)
+        each = self.bs if self.drop_last else 2
+        lacking = min(each*self._ways, len(self.memory)) - len(chosen)
         if lacking <= 0: return chosen
-        left = torch.ones(len(self.memory), dtype=torch.bool).scatter(0, chosen, False).nonzero().squeeze(1)
-        return torch.cat([chosen, left[torch.randperm(len(left), generator=gen)[:lacking]]]).sort().values
+        other = torch.ones(len(self.memory), dtype=torch.bool).scatter(0, chosen, False)
+        others = other.nonzero().squeeze(1)
+        added = others[torch.randperm(len(others), generator=gen)[:lacking]]
+        return torch.cat([chosen, added]).sort().values
 
     def _even(self, order, gen):
-        "`order` without the few that would make a small last batch: they wait for another epoch, and are drawn, so that nobody always does"
+        "`order` without the few of a small last batch: they wait for another epoch. Who waits is drawn"
         if self.bs is None: return order
         each = -(-len(order)//self.num_replicas)
-        keep = without_small_rest(each, self.bs)
-        if keep == each: return order
+        keep = max(each//self.bs, 1)*self.bs if self.drop_last else without_small_rest(each, self.bs)
+        if keep >= each: return order
         return order[torch.randperm(len(order), generator=gen)[:keep*self.num_replicas].sort().values]
 
     def _share(self, order):
         "This process's share: all have the same number, for which the first items come twice if need be"
-        each = -(-len(order)//self.num_replicas)
-        padded = order.repeat(-(-each*self.num_replicas//len(order)))[:each*self.num_replicas]
+        total = -(-len(order)//self.num_replicas)*self.num_replicas
+        padded = order.repeat(-(-total//len(order)))[:total]
         return padded[self.rank::self.num_replicas]
 
     def _note_skipped(self, loaded):
         known = self.memory.summary(self.now)
         n = len(self.memory)
-        self.record.skip((n-loaded)//self.num_replicas, known['age'] if known['seen'] else 0., loaded/n)
+        self.record.skip(self._rows(n)-self._rows(loaded), known['age'] if known['seen'] else 0., loaded/n)
 
     def __iter__(self):
-        if self._started: self._end(self.epoch+1)
+        just_looked = not self._seen and self._passes < 2 # workers may have fetched all of it for a look at one batch
+        if self._started and not just_looked: self._end(self.epoch+1)
         order = self._planned()
-        self._started = True
-        for part in order.split(2**16): yield from part.tolist()
-        self._exhausted = True
+        self._started,self._exhausted = True,False
+        for part in order[:-1].split(2**16): yield from part.tolist()
+        self._exhausted = True # already, since who counts the batches does not ask whether there is another one
+        self._passes += 1
+        yield int(order[-1])
 
     def __len__(self):
         if self._done: self._end(self.epoch+1)
@@ -343,12 +428,14 @@ class SelectiveSampler(Sampler):
 
     # what happened
     def _progress(self, epochs): return min(epochs/self.epochs, 1.) if self.epochs else 0.
+    def _part(self): return min(self._seen/self._expected, 1.) if self._expected else 0.
 
     @property
     def progress(self) -> float:
-        "The share of the whole fit that is done, in [0,1]: what a schedule needs where epochs differ in length. Needs `epochs`"
-        if self.epochs is None: raise ValueError("progress is a share of the fit, whose length is not known: pass epochs= to the sampler.")
-        return self._progress(self.epoch + (min(self._seen/self._yielded, 1.) if self._yielded else 0.))
+        "The share of the fit that is done, in [0,1]: what a schedule needs if epochs differ in length. Needs `epochs`"
+        if self.epochs is None:
+            raise ValueError("progress is a share of the fit, whose length is not known: pass epochs= to the sampler.")
+        return self._progress(self.epoch + self._part())
 
     @property
     def log(self) -> list: # Of dicts, see `fastsb.record.log_columns`
@@ -356,11 +443,16 @@ class SelectiveSampler(Sampler):
         if self._done: self._end(self.epoch+1)
         return self.record.log
 
+    # killed and resumed
     def state_dict(self) -> dict: # Tensors and plain Python values only
-        "What `load_state_dict` needs to go on after an epoch as if nothing had been between. An epoch that is under way is begun again"
+        """What `load_state_dict` needs to go on as if nothing had been between. An epoch under way is begun again.
+
+        Processes that train together must all call it: their memories are brought together. One may save it for all."""
         if self._done: self._end(self.epoch+1)
-        return dict(memory=self.memory.state_dict(), selector=self.selector.state_dict(), who=repr(self.selector), record=self.record.state_dict(),
-                    epoch=self.epoch, past=self.past, seed=self.seed)
+        self.memory.share()
+        now = self._before or dict(selector=self.selector.state_dict(), record=self.record.state_dict())
+        when = dict(epoch=self.epoch, past=self.past, seed=self.seed)
+        return dict(memory=self.memory.state_dict(), who=repr(self.selector), **now, **when)
 
     def check_state(self,
         state:dict, # From `state_dict`
@@ -368,7 +460,8 @@ class SelectiveSampler(Sampler):
         "Raise `ValueError` if `state` is not of a sampler like this one"
         lacks = {'memory','selector','who','record','epoch','past','seed'} - set(state)
         if lacks: raise ValueError(f"The saved state lacks {sorted(lacks)}: it is not of a SelectiveSampler.")
-        if state['who'] != repr(self.selector): raise ValueError(f"The saved state is of {state['who']}, but this sampler chooses by {self.selector}.")
+        if state['who'] != repr(self.selector):
+            raise ValueError(f"The saved state is of {state['who']}, but this sampler chooses by {self.selector}.")
         for k in ('epoch','past','seed'): check_int(f'the saved {k}', state[k], 0)
         self.memory.check_state(state['memory'])
         self.record.check_state(state['record'])
@@ -384,6 +477,11 @@ class SelectiveSampler(Sampler):
         self.past,self.seed = state['past'],state['seed']
         self.chosen,self._weights = None,None
         self._go_to(state['epoch'])
+
+def _if_sure(v, sure):
+    "`v`, NaN where it is not `sure`"
+    if v is None or sure is True: return v
+    return torch.where(torch.as_tensor(sure, device=v.device), v, torch.nan)
 
 def from_first(
     t:Tensor, # What this process has; of the others only the type counts

@@ -1,10 +1,13 @@
-"Run by torchrun in two processes: a fastai fit with selection must take the same steps in both, and end with the same weights."
+"Run by torchrun in several processes: fastai fits with selection must take the same steps in all of them, and end with the same weights."
+import gc
 import sys
 
 import torch
 import torch.distributed as dist
-from common import Spy, digits_learner, fresh, weights
+from common import Spy, digits_learner
 from fastai.distributed import DistributedDL
+
+from fastsb.select import TopK
 
 torch.set_num_threads(1)
 
@@ -16,31 +19,61 @@ def broadcast(self, t, rank):  # fastai's own moves to CUDA, which is not here
 
 
 DistributedDL._broadcast = broadcast
-spy = Spy()
-learn = digits_learner(n=640, cbs=spy).selective_backprop(**fresh(beta=1))
-with learn.distrib_ctx(cpu=True, sync_bn=False), learn.no_bar(), learn.no_logging():
-    learn.fit_one_cycle(3, 1e-2)
-    w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-    both = [torch.zeros_like(w) for _ in range(2)]
-    dist.all_gather(both, w)
-    steps = [torch.zeros(1) for _ in range(2)]
-    dist.all_gather(steps, torch.tensor([float(spy.steps)]))
-    first = [torch.zeros(32, 64) for _ in range(2)]
-    dist.all_gather(first, spy.batches[-1][0][0].contiguous())
-    assert torch.equal(*both) and torch.equal(*steps), "the processes went apart"
-    assert not torch.equal(*first), "both processes trained on the same examples"
-    assert learn.sb.log.selected.tolist() == [1.0, 0.5, 0.5], learn.sb.log
-    assert spy.steps == 10 + 5 + 5
-    learn.selective_backprop(**fresh(beta=1, exact=False))
-    try:
-        learn.fit(1)
-    except ValueError as e:
-        assert "exact=True" in str(e)
-    else:
-        sys.exit("random counts should have been refused")
-    learn.selective_backprop()  # losses cannot be remembered here: it scores
-    learn.fit_one_cycle(10, 1e-2)
-    w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-    dist.all_gather(both, w)
-    assert torch.equal(*both) and learn.sb.counts["fp"] == 8 * 320 and learn.sb.log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0], learn.sb.log
-print(f"rank {dist.get_rank()} fine {len(weights(learn))}")
+
+
+def gathered(o):
+    res = [None] * dist.get_world_size()
+    dist.all_gather_object(res, o)
+    return res
+
+
+def same_everywhere(o):
+    first, *others = gathered(o)
+    return all(x == first for x in others)
+
+
+def selecting(**kwargs):
+    return lambda learn: learn.selective_backprop(**kwargs)
+
+
+epochs = 8
+fits = { # how it is chosen, items, drop_last, the least and the most that is trained on in epochs that select, forward passes to score
+    "default": (selecting(), 640, True, 0.48, 0.7, 0), "default, uneven": (selecting(), 650, False, 0.48, 0.7, 0),
+    "default, few items": (selecting(), 97, False, 0.4, 0.7, 0), "percentile": (selecting(beta=1), 650, False, 0.35, 0.8, 0),
+    "topk": (selecting(selector=TopK(0.3), score="cached"), 650, False, 0.28, 0.8, 0),
+    "hardly any": (selecting(selector=TopK(0.001)), 97, False, 0.0, 1.0, 0), "infobatch": (lambda learn: learn.infobatch(), 650, False, 0.5, 0.9, 0),
+}
+
+
+def run(name):
+    how, n, drop_last, least, most, fp = fits[name]
+    spy = Spy()
+    learn = how(digits_learner(n=n, bs=30, cbs=spy, drop_last=drop_last))
+    with learn.distrib_ctx(cpu=True, sync_bn=False), learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, 1e-2)
+        check(name, learn, spy, drop_last, least, most, fp)
+
+
+def check(name, learn, spy, drop_last, least, most, fp):
+    last = spy.batches[-1][0][0].tolist()
+    assert same_everywhere(torch.cat([p.detach().flatten() for p in learn.model.parameters()]).tolist()), f"{name}: the processes went apart"
+    assert same_everywhere([len(y[0]) for _, y in spy.batches]) and same_everywhere(spy.steps), f"{name}: not the same batches"
+    assert len(set(map(str, gathered(last)))) == dist.get_world_size(), f"{name}: the processes trained on the same examples"
+    assert min(len(y[0]) for _, y in spy.batches) > 1, f"{name}: a batch of one row"
+    log, sampler = learn.sb.log, learn.sb.sampler
+    selected = [s for s in log.selected if s < 1]
+    assert log.selected[0] == log.selected[epochs - 1] == 1 and len(selected) >= 3 and all(least <= s <= most for s in selected), log
+    assert learn.sb.counts["fp"] == fp and log.candidates.nunique() == 1, log
+    assert spy.pcts == sorted(spy.pcts) and abs(spy.pcts[-1] - 1) < 0.2
+    sampler.memory.share()
+    assert same_everywhere(sampler.memory.losses().nan_to_num(-1).tolist()) and same_everywhere(sampler.memory.times().tolist())
+    assert drop_last or not sampler.memory.losses().isnan().any(), f"{name}: items that nobody has seen"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or fits:
+        run(name)
+    print(f"rank {dist.get_rank()} fine", flush=True)
+    dist.barrier()
+    gc.collect()  # models in DDP hold on to the process group; at the interpreter's end that is "terminate called", exit -6
+    dist.destroy_process_group()
