@@ -17,7 +17,7 @@ from ..learner import irreducible_losses
 from ..data import small_resnet
 from ..score import Doubtful, Proxy, Scorer, as_scorer, model_batch
 from ..select import (
-    Capped, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty)
+    Capped, DoubtShare, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty)
 
 # %% ../../nbs/bench/13_contestants.ipynb #8a82928d
 class RandomScores(TopK):
@@ -129,6 +129,9 @@ methods = dict(
     cached_last    = lambda d: dict(_cached, beta=1., momentum=0.),
     cached_slow    = lambda d: dict(_cached, beta=1., lr_times=.7),
     infobatch      = lambda d: dict(score='cached', momentum=0., start=1, end=.875, selector=InfoBatch(.5)),
+    doubt_share_90 = lambda d: dict(selector=DoubtShare(.9)),
+    doubt_share_80 = lambda d: dict(selector=DoubtShare(.8)),
+    doubt_share_70 = lambda d: dict(selector=DoubtShare(.7)),
     doubt_40       = lambda d: dict(selector=Uncertainty(.4)),
     doubt_60       = lambda d: dict(selector=Uncertainty(.6)),
     doubt_last     = lambda d: dict(momentum=0.),
