@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['can_pay', 'sources', 'SelectiveBackpropCallback']
 
-# %% ../nbs/11_callback.ipynb #fd4701a2
+# %% ../nbs/11_callback.ipynb #4c966fdf
 from functools import partial
 
 import pandas as pd
@@ -27,7 +27,6 @@ from .losses import doubt_problem, loss_kind, shows_doubt, unreduced, weighted_l
 from .record import Record, log_columns
 from .resume import load_plain, random_state, save_whole, set_random_state
 from .sampler import SelectiveSampler, check_remembering
-from .score import Scorer
 from .select import Percentile, Selector, TopK, Uncertainty
 
 # %% ../nbs/11_callback.ipynb #665ccb42
@@ -42,7 +41,7 @@ class _Metrics(L):
     "A learner's metrics with the column `selected`, which does not go with an export"
     def __reduce__(self): return L,([m for m in self if m.name != 'selected'],)
 
-# %% ../nbs/11_callback.ipynb #caff8e4d
+# %% ../nbs/11_callback.ipynb #0981f8cf
 class SelectiveBackpropCallback(Callback):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762) and its kin.
 
@@ -381,10 +380,9 @@ class SelectiveBackpropCallback(Callback):
         if why is not None: self._give_up(f"The default goes by the model's doubt, and {why}. To choose by loss, which seeks out wrong targets, pass beta=1.")
 
     def _give_up(self, why):
-        "Train on everything from here, and say so"
+        "Train on everything from here, and say so. A loader that is tracked stays so: it may be in the midst of an epoch"
         self._say(f"everything is trained on. {why}")
-        if self._tracker is not None: self._tracker.stop()
-        self.selector,self.sampler,self.engine,self._tracker,self.plan = Percentile(0.),None,None,None,'now'
+        self.selector,self.sampler,self.engine,self.plan = Percentile(0.),None,None,'now'
 
     def _weigh(self):
         "The batch's loss without weights; where there are weights, the gradient is taken of the weighted one"

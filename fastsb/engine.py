@@ -17,7 +17,6 @@ from .check import Window, check_bool, check_callable, check_choice, check_int
 from .history import LossHistory
 from .losses import per_item_loss
 from .memory import ItemMemory
-from .memory import ItemMemory
 from .record import Record
 from .score import as_scorer, model_batch
 from .select import Percentile, Selector

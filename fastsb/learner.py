@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['paper_settings', 'selecting_callback', 'BatchLossFilterCallback', 'irreducible_losses', 'Autocast']
 
-# %% ../nbs/12_learner.ipynb #c5da9725
+# %% ../nbs/12_learner.ipynb #65a65c60
 from contextlib import nullcontext
 
-import fastai.callback.schedule # `fit_one_cycle`, which a user of these expects to be there
+import fastai.callback.schedule # noqa: F401 (`fit_one_cycle`, which a user of these expects to be there)
 import torch
 from fastai.callback.core import Callback
 from fastai.imports import noop # the one that `no_logging` sets

@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import torch
-from common import digits_learner, weights
+from common import digits_learner
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 

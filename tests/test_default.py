@@ -93,7 +93,7 @@ def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsy
     assert torch.equal(weights(plain), weights(learn))
     assert learn.sb.log.selected.tolist() == [1.0] * 3 and learn.sb.counts["fp"] == 0
     out = capsys.readouterr().out
-    assert f"everything is trained on. The default goes by doubt, which only losses over classes show, and " in out and f"{name} is not known as one" in out
+    assert "everything is trained on. The default goes by doubt, which only losses over classes show, and " in out and f"{name} is not known as one" in out
     assert out.count("fastsb:") == 1
     quiet_fit(learn, 2)
     assert capsys.readouterr().out == ""
