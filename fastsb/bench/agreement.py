@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from scipy.stats import spearmanr
@@ -25,6 +27,7 @@ from fastsb.bench.command import (
     check_device, check_out, command, command_line, environment, one_of, save_result, threads as torch_threads, timed,
     whole_number)
 from ..loaders import ItemTracker
+from ..losses import prediction_entropy
 from ..memory import ItemMemory
 from ..learner import Autocast
 from ..data import get_model, image_dls, load_arrays, models, small_resnet
@@ -64,32 +67,41 @@ class Compare(Callback):
     def before_fit(self):
         dl = self.dls.train
         self.memory,self.tracker,self.rows = ItemMemory(len(dl.dataset), momentum=.5),ItemTracker(dl).start(),[]
+        self._lf = self.learn.loss_func # MixUp puts its own in the place of it
 
     def _compare(self, batch, when):
         "Add a row for each scorer"
         known = self.memory.losses(self.items)
         def scores(s, batch=batch):
             remembered = dict(remembered=known) if s.remembers else {}
-            return s(batch, self.model, self.learn.loss_func, **remembered)[0].cpu()
+            return s(batch, self.model, self._lf, **remembered)[0].cpu()
         true = scores(Scorer(precision='fp32'))
+        doubt = prediction_entropy(self._lf, Scorer(precision='fp32')(batch, self.model, self._lf)[1]).cpu()
         by = {k: scores(s) for k,s in self.scorers.items()}
         if known.isfinite().all(): by['remembered'] = known.cpu()
         if self.mirror: by['mirror image'] = scores(Scorer(precision='bf16'), (self.x.flip(-1),*self.yb))
-        for k,s in by.items():
-            rank = float(spearmanr(s, true).statistic)
-            self.rows.append(dict(scorer=k, when=when, epoch=self.epoch, overlap=overlap(s, true), spearman=rank))
+        for k,s in by.items(): self._note(k, when, s, true)
+        known = self.memory.doubts(self.items).cpu()
+        if known.isfinite().all(): self._note('remembered doubt', when, known, doubt)
+
+    def _note(self, scorer, when, scores, true):
+        rank = float(spearmanr(scores, true).statistic)
+        self.rows.append(dict(scorer=scorer, when=when, epoch=self.epoch, overlap=overlap(scores, true), spearman=rank))
 
     def before_batch(self):
         batch = (*self.xb,*self.yb)
+        self.own = self.yb[0]
         self.items = self.tracker.items
         when = next((k for k,(a,b) in self.when.items() if a <= self.epoch <= b), None)
         its_turn = self.iter % self.every == 0 and len(self.yb[0]) == self.dls.train.bs
         if when is not None and its_turn: self._compare(batch, when)
-        for s in self.scorers.values(): s.trained(batch, self.model, self.learn.loss_func)
+        for s in self.scorers.values(): s.trained(batch, self.model, self._lf)
 
     def after_loss(self):
-        with torch.no_grad(): losses = nn.functional.cross_entropy(self.pred.float(), self.y, reduction='none')
-        self.memory.update(self.items, losses, epoch=self.epoch)
+        with torch.no_grad():
+            losses = nn.functional.cross_entropy(self.pred.float(), self.own, reduction='none')
+            doubt = prediction_entropy(self._lf, self.pred)
+        self.memory.update(self.items, losses, doubt, epoch=self.epoch)
 
     def after_fit(self): self.tracker.stop()
     def after_cancel_fit(self): self.tracker.stop()
@@ -154,6 +166,7 @@ def scorers(
     reps:int=15, # Rounds that prices are taken over
     threads:int=None, # Threads that torch computes with (default: torch's own choice)
     seed:int=0, # Seed of the fit
+    mix:str=None, # mixup or cutmix: train on mixtures, and compare with scores of the images as they are
     out:str='nbs/results/scorers.json', # File to write
 ) -> dict: # What is written
     "What does a score cost, and does it choose as the true loss would? Lower precision, smaller images, a proxy"
@@ -161,6 +174,7 @@ def scorers(
         whole_number(name, v, low)
     whole_number('threads', threads, 1, none=True)
     one_of('model', model, models)
+    if mix is not None: one_of('mix', mix, ('mixup','cutmix'))
     path,dev = check_out(out),check_device(None)
     x,y,xt,yt = load_arrays(dataset, data)
     if x.shape[1:] != (32,32,3): raise ValueError(f"dataset must have images of 32x32 in colour, not {x.shape[1:]}.")
@@ -178,17 +192,18 @@ def scorers(
         when = dict(early=(1,1), midway=(epochs//2,epochs//2), late=(epochs-1,epochs-1))
         compare = Compare(scorers_to_compare(3, dls.c), when, every)
         sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
-        learn = Learner(dls, new(), lr=.1, loss_func=nn.CrossEntropyLoss(), cbs=[compare, Autocast()], wd=5e-4,
+        mixer = {None: [], 'mixup': [MixUp(.2)], 'cutmix': [CutMix(1.)]}[mix]
+        learn = Learner(dls, new(), lr=.1, loss_func=CrossEntropyLossFlat(), cbs=[compare, Autocast(), *mixer], wd=5e-4,
                         opt_func=sgd)
         with learn.no_bar(): learn.fit_one_cycle(epochs)
     what = dict(data='an .npz file' if data else dataset, items=len(pick), model=model, epochs=epochs, bs=bs, seed=seed,
         training='bf16, one cycle up to 0.1, SGD with Nesterov momentum 0.9, weight decay 5e-4, '
                  'random crop after padding by 4, flip',
         when={k: v[0]+1 for k,v in when.items()}, proxy='small_resnet, every=4, trained on all batches',
-        remembered='moving average of the training losses, momentum 0.5',
+        remembered='moving average of the training losses, momentum 0.5', mix=mix,
         true='loss of the model in training, eval mode, fp32, on the same augmented images')
     line = command_line(scorers, data=data and os.path.basename(data), dataset=dataset, items=items, model=model,
-                        epochs=epochs, bs=bs, every=every, reps=reps, threads=threads, seed=seed, out=out)
+                        epochs=epochs, bs=bs, every=every, reps=reps, threads=threads, seed=seed, mix=mix, out=out)
     res = dict(command=line, **env, config=what, prices=prices, agreement=_agreement(compare.rows))
     save_result(path, res)
     print(agreement_table(res).to_string(), f"Wrote {out}", sep='\n\n')

@@ -22,7 +22,7 @@ except ImportError: fcntl = None # Windows has no such locks
 from .budget import Budget, Curve, fit_cycle, fit_steps
 from .command import (
     check_device, check_out, command, environment, one_of, threads as torch_threads, whole_number)
-from .contestants import HeldOut, check_method, method_settings, methods as contestants, settings_of, usual
+from .contestants import HeldOut, check_method, method_settings, mixers, methods as contestants, settings_of, usual
 from .prices import epoch_seconds, measure_costs, no_counts, price_name
 from .task import Task, configuration, protocols
 
@@ -52,6 +52,7 @@ def run(
     set_seed(seed)
     learn = d.learner(items)
     init = _checksum(learn.model)
+    learn.add_cbs(mixers(method))
     if kw is not None: learn.selective_backprop(**kw)
     price = None if scorer is None else price_name(scorer)
     b = Budget(1e9 if paper else seconds, costs, price, before, examples if paper else None)
