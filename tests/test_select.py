@@ -1,5 +1,6 @@
 "Every selector against its definition in NumPy, over ordinary and extreme losses."
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -642,5 +643,195 @@ def test_batch_loss_filter_schedule_and_accumulate():
     (lambda: ReducibleLoss(torch.tensor([float("nan")])), "irreducible"),
 ], ids=lambda o: o if isinstance(o, str) else "")
 def test_wrong_arguments(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        make()
+
+
+# of equals, who is drawn ------------------------------------------------------------------------------------------------
+ranking = {
+    "TopK": lambda i: TopK(0.3, seed=i), "LowK": lambda i: LowK(0.3, seed=i), "Uncertainty": lambda i: Uncertainty(0.3, seed=i),
+    "LossShare": lambda i: LossShare(0.3, seed=i), "DoubtShare": lambda i: DoubtShare(0.3, seed=i), "InfoBatch": lambda i: InfoBatch(0.7, seed=i),
+    "OrderedPool": lambda i: OrderedPool(0.6, 0.3, seed=i), "ReducibleLoss": lambda i: ReducibleLoss(torch.zeros(20), 0.3, seed=i),
+    "Capped": lambda i: Capped(TopK(0.3, seed=i), 0.9), "Capped(OrderedPool)": lambda i: Capped(OrderedPool(0.6, 0.3, seed=i), 0.9),
+}
+
+
+@pytest.mark.parametrize("way", ["host", "device"])
+@pytest.mark.parametrize("name", ranking)
+def test_equals_have_equal_chances(name, way, no_host):
+    "Twenty equal losses below two higher ones: each is kept equally often, over seeds and over the draws of one selector"
+    if way == "device":
+        no_host()
+    losses, n = torch.tensor([2.0] + [1.0] * 18 + [2.0]), 1500
+    one = ranking[name](0)
+    for make in (ranking[name], lambda i: one):
+        hits = torch.zeros(20)
+        for i in range(n):
+            h = history_of(torch.full((50,), 5.0))
+            hits[make(i).select(losses, h, items=torch.arange(20)).idx] += 1
+        p = hits[1:19].mean() / n
+        assert 0.05 < p < 0.95
+        assert ((hits[1:19] / n - p).abs() < 4.5 * (p * (1 - p) / n) ** 0.5).all()
+
+
+def test_nothing_is_drawn_without_ties():
+    "On the CPU, so that choices without equals are those of before"
+    losses = torch.rand(100)
+    for sel in (TopK(0.3), LowK(0.3), Uncertainty(0.3), LossShare(0.3), DoubtShare(0.3), ReducibleLoss(torch.zeros(100), 0.3), Capped(TopK(0.3), 0.9)):
+        sel.select(losses, history_of(losses), items=torch.arange(100))
+        assert sel.state_dict()["draws"] == {}
+
+
+def test_a_pool_always_keeps_what_is_infinite():
+    for bad_one in (math.inf, -math.inf, math.nan):
+        l = torch.tensor([1.0, 2, 3, bad_one, 5, 6, 7, 8])
+        assert all(3 in OrderedPool(0.75, 0.5, seed=s).select(l).idx.tolist() for s in range(200))
+
+
+def test_a_capped_pool_is_a_pool():
+    "Not always the same ones, and nobody above the cap"
+    losses = torch.arange(100.0)
+    seen = [Capped(OrderedPool(0.5, 0.2, seed=s), 0.8).select(losses, history_of(losses)).idx for s in range(50)]
+    assert len({tuple(i.tolist()) for i in seen}) > 40 and max(i.max() for i in seen) <= 80
+
+
+# losses below 0 -----------------------------------------------------------------------------------------------------------
+def test_losses_below_0_are_counted_from_the_lowest():
+    losses = torch.linspace(-3, -1, 101)  # evenly spread: 90 % of what lies above the lowest is held by the upper 68
+    n = len(LossShare(0.9).select(losses).idx)
+    assert n == len(LossShare(0.9).select(losses + 3).idx) and 65 < n < 72
+    assert torch.equal(LossShare(0.5).select(losses * 7 - 100).idx, LossShare(0.5).select(losses).idx)
+
+
+# doubt --------------------------------------------------------------------------------------------------------------------
+def my_loss(pred, y, reduction="mean"):
+    return nn.functional.cross_entropy(pred, y, reduction=reduction)
+
+
+@pytest.mark.parametrize("make", [lambda **k: Uncertainty(0.5, **k), lambda **k: DoubtShare(0.5, **k)])
+def test_doubt_never_falls_back_to_the_loss(make):
+    pred, y = example()
+    ce = nn.CrossEntropyLoss()
+    losses = per_item_loss(ce, pred, y)
+    for lf in (my_loss, nn.MSELoss(), nn.GaussianNLLLoss()):
+        with pytest.raises(ValueError, match="not known as a loss over classes.*like="):
+            make().check(lf)
+        make(like=ce).check(lf)
+    for kw, words in ((dict(loss_func=ce, pred=(pred, pred), yb=(y,)), "gives a tuple"), (dict(loss_func=my_loss, pred=pred, yb=(y,)), "not known"),
+                      (dict(loss_func=ce, pred=None, yb=(y,)), "come without predictions"), (dict(loss_func=ce, pred=pred[:5], yb=(y,)), "do not fit"),
+                      (dict(loss_func=ce, pred=pred[:, :1], yb=(y,)), "one column"), (dict(loss_func=ce, pred=pred[:5]), "5 predictions for 24 losses")):
+        for call in (make().measure, make().select):
+            with pytest.raises(ValueError, match=words):
+                call(losses, **kw)
+    want = make().select(losses, loss_func=ce, pred=pred, yb=(y,)).idx
+    for t in (y, {"label": y}, (["a"] * 24, y.float())):  # the targets of one's own loss may be anything
+        assert torch.equal(make(like=ce).select(losses, loss_func=my_loss, pred=pred, yb=(t,)).idx, want)
+    doubt = make().measure(losses, loss_func=ce, pred=pred, yb=(y,))
+    assert torch.equal(make().measure(doubt), doubt) and torch.equal(make().select(doubt).idx, want)  # remembered
+
+
+def test_rows_without_a_target_win_no_places():
+    "Though the model is most in doubt about them; and they are remembered as in no doubt at all"
+    pred, y = example(B=40)
+    pred[::2] = 0.0
+    y[::2] = -100
+    ce = nn.CrossEntropyLoss()
+    losses = per_item_loss(ce, pred, y)
+    doubt = Uncertainty().measure(losses, loss_func=ce, pred=pred, yb=(y,))
+    assert (doubt[::2] == 0).all() and (doubt[1::2] > 0).all()
+    assert Uncertainty(0.5).select(doubt).idx.tolist() == list(range(1, 40, 2))
+    assert set(DoubtShare(0.99).select(losses, loss_func=ce, pred=pred, yb=(y,)).idx.tolist()) <= set(range(1, 40, 2))
+
+
+# states -------------------------------------------------------------------------------------------------------------------
+stateful = {
+    "Percentile": lambda: Percentile(1), "Random": lambda: Random(0.4), "Hybrid": lambda: Hybrid(1), "Absolute": lambda: Absolute(),
+    "Threshold": lambda: Threshold(0.5), "TopK": lambda: TopK(0.3), "LowK": lambda: LowK(0.3), "LossShare": lambda: LossShare(0.9),
+    "LossShare, scheduled": lambda: LossShare(SchedCos(1, 0.3)), "Capped": lambda: Capped(Percentile(1)), "Capped, scheduled": lambda:
+    Capped(LossShare(SchedCos(1, 0.3))), "GradNorm": lambda: GradNorm(2, tau=0), "ReducibleLoss": lambda: ReducibleLoss(torch.zeros(24), 0.3),
+    "Uncertainty": lambda: Uncertainty(0.3), "DoubtShare": lambda: DoubtShare(0.7), "InfoBatch": lambda: InfoBatch(), "OrderedPool": lambda: OrderedPool(),
+}
+
+
+def run_on(sel, steps=3, seed=0):
+    "What it chooses from batches with many equals, while a fit goes on"
+    ce, out = nn.CrossEntropyLoss(), []
+    for i in range(steps):
+        pred, y = example(seed=seed + i)
+        pred = pred.round()
+        losses = per_item_loss(ce, pred, y).mul(2).round()
+        sel.at(0.1 * i + 0.01 * seed)
+        sel.observe(losses, loss_func=ce, pred=pred, yb=(y,))
+        out.append(sel.select(losses, history_of(losses), loss_func=ce, pred=pred, yb=(y,), items=torch.arange(24)).idx)
+    return out, sel.active
+
+
+@pytest.mark.parametrize("name", stateful)
+def test_a_selector_goes_on_as_if_nothing_had_been_between(name, tmp_path):
+    sel = stateful[name]()
+    run_on(sel)
+    torch.save(sel.state_dict(), tmp_path / "s.pth")
+    state = torch.load(tmp_path / "s.pth", weights_only=True)
+    new, copied = stateful[name](), pickle.loads(pickle.dumps(sel))
+    new.load_state_dict(state)
+    assert same_state(new.state_dict(), state) and new.active == sel.active
+    if hasattr(sel, "gain"):
+        assert float(new.gain) == float(sel.gain)
+    want = run_on(sel, seed=5)
+    for other in (new, copied):
+        got = run_on(other, seed=5)
+        assert got[1] == want[1] and all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
+
+
+def same_state(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", stateful)
+def test_wrong_states_change_nothing(name):
+    sel = stateful[name]()
+    run_on(sel)
+    before = sel.state_dict()
+    other = stateful["TopK" if name != "TopK" else "Percentile"]()
+    wrong = [other.state_dict(), None, {}, {**before, "draws": {"cpu": torch.zeros(5056, dtype=torch.uint8)[:9]}}, {**before, "draws": {"cpu": "abc"}},
+             {**before, "draws": None}, {**before, "draws": {"cuda": torch.zeros(15, dtype=torch.uint8)}}, {**before, "more": 1}]
+    wrong += [{k: v for k, v in before.items() if k != missing} for missing in before]
+    for key, bad_ones in (("gain", (-1.0, "much", math.nan)), ("min_loss_perc", (2.0, None)), ("selector", (None, other.state_dict()))):
+        wrong += [{**before, key: v} for v in bad_ones if key in before]
+    for state in wrong:
+        with pytest.raises(ValueError):
+            sel.load_state_dict(state)
+        assert same_state(sel.state_dict(), before)
+
+
+def test_the_message_names_what_differs():
+    with pytest.raises(ValueError, match=r"of a Percentile, this is TopK\(keep=0.5\)"):
+        TopK().load_state_dict(Percentile(1).state_dict())
+    with pytest.raises(ValueError, match=r"differ in \['min_loss_perc'\]"):
+        LossShare(SchedCos(1, 0.3)).load_state_dict(LossShare(0.9).state_dict())
+    with pytest.raises(ValueError, match=r"7 bytes for 'cpu', where a generator has \d+"):
+        TopK().load_state_dict({"kind": "TopK", "draws": {"cpu": torch.zeros(7, dtype=torch.uint8)}})
+
+
+def test_draws_saved_elsewhere_go_on_repeatably():
+    "A state of a GPU's generator (16 bytes) on a CPU: new numbers, but the same each time, and others for another state"
+    there = lambda i: {"kind": "TopK", "draws": {"cuda": torch.full((16,), i, dtype=torch.uint8)}}
+    draws = []
+    for i in (1, 1, 2):
+        sel = TopK(seed=0)
+        sel.load_state_dict(there(i))
+        draws.append(sel.uniform(8, "cpu"))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], TopK(seed=0).uniform(8, "cpu"))
+    assert sel.state_dict()["draws"].keys() == {"cpu", "cuda"}  # what was saved there is still there
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: DoubtShare(0), "share=0"), (lambda: DoubtShare(1.1), "share=1.1"), (lambda: DoubtShare(0.9, 0.5, 0.2), "floor=0.5 must be at most ceiling=0.2"),
+    (lambda: DoubtShare(0.9, floor=-1), "floor=-1"), (lambda: DoubtShare(0.9, ceiling=0), "ceiling=0"), (lambda: DoubtShare(like=nn.MSELoss()), "like=MSELoss"),
+    (lambda: TopK(seed=0.5), "seed=0.5"), (lambda: DoubtShare("x"), "share='x'"),
+])
+def test_wrong_arguments_of_the_new_ones(make, words):
     with pytest.raises((ValueError, TypeError), match=words):
         make()
