@@ -403,6 +403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastsb.losses._tensors': ('losses.html#_tensors', 'fastsb/losses.py'),
                                'fastsb.losses._whole_name': ('losses.html#_whole_name', 'fastsb/losses.py'),
                                'fastsb.losses.doubt_problem': ('losses.html#doubt_problem', 'fastsb/losses.py'),
+                               'fastsb.losses.has_target': ('losses.html#has_target', 'fastsb/losses.py'),
                                'fastsb.losses.loss_kind': ('losses.html#loss_kind', 'fastsb/losses.py'),
                                'fastsb.losses.loss_name': ('losses.html#loss_name', 'fastsb/losses.py'),
                                'fastsb.losses.loss_setting': ('losses.html#loss_setting', 'fastsb/losses.py'),

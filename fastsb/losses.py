@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_losses', 'loss_setting', 'loss_name', 'unreduced', 'loss_kind', 'per_item_loss', 'shows_doubt', 'doubt_problem',
-           'prediction_entropy', 'weighted_loss']
+           'has_target', 'prediction_entropy', 'weighted_loss']
 
 # %% ../nbs/00_losses.ipynb #6ef22d8f
 import inspect
@@ -207,7 +207,7 @@ def per_item_loss(
     counted = _counted(loss_func, yb, *l.shape)
     return l.mean(1) if counted is None else l.sum(1)/counted.sum(1).clamp(min=1)
 
-# %% ../nbs/00_losses.ipynb #4f211c8e
+# %% ../nbs/00_losses.ipynb #f56267f7
 def shows_doubt(
     loss_func, # A loss
 ) -> bool:
@@ -242,12 +242,20 @@ def doubt_problem(
 
 def _has_target(loss_func, yb, n, m):
     "(n,m) bool: which elements have a target that the loss looks at; None if all have, as far as is known"
-    if _is_a(loss_func, 'yes_or_no'): return None
-    counted = _counted(loss_func, yb, n, m, default=-100)
+    counted = _counted(loss_func, yb, n, m, default=-100 if _is_a(loss_func, 'classes', 'log_classes') else None)
     weight = loss_setting(loss_func, 'weight')
     if counted is None or weight is None or loss_setting(loss_func, 'label_smoothing'): return counted
     y = _plain(next(_tensors(yb))).reshape(n, m).long().masked_fill(~counted, 0)
     return counted & (_plain(weight).to(y.device) != 0)[y]
+
+def has_target(
+    loss_func, # Loss that training uses
+    *yb, # Target(s)
+) -> Tensor|None: # (B,) bool; None if all have, as far as is known
+    "Which examples have a target at all? One that has none, since all of it is `ignore_index`, teaches nothing"
+    y = next(_tensors(yb), None)
+    there = None if y is None else _has_target(loss_func, yb, len(y), y.numel()//max(len(y), 1))
+    return None if there is None else there.any(1)
 
 def prediction_entropy(
     loss_func, # A loss over classes, or binary cross-entropy with logits

@@ -18,7 +18,7 @@ from fastai.losses import (
 from fastai.torch_core import TensorCategory, TensorImage
 from torch import nn
 
-from fastsb.losses import doubt_problem, loss_kind, loss_setting, per_item_loss, prediction_entropy, shows_doubt, unreduced, weighted_loss
+from fastsb.losses import doubt_problem, has_target, loss_kind, loss_setting, per_item_loss, prediction_entropy, shows_doubt, unreduced, weighted_loss
 
 B = 6
 g = torch.Generator().manual_seed(0)
@@ -462,3 +462,14 @@ def test_reduction_where_a_module_is_called():
         torch.testing.assert_close(per_item_loss(lf, p, y), F.cross_entropy(p, y, reduction="none"))
     with pytest.raises(TypeError, match="its `reduction` cannot be set"):
         per_item_loss(Fixed(), p, y)
+
+
+def test_which_examples_have_a_target():
+    t = ints(3, B, 4)
+    t[1] = t[3, :2] = -100
+    want = [True, False, True, True, True, True]
+    assert has_target(nn.CrossEntropyLoss(), t).tolist() == has_target(CrossEntropyLossFlat(axis=1), {"y": t}).tolist() == want
+    assert has_target(nn.CrossEntropyLoss(ignore_index=9), t).all() and has_target(FocalLossFlat(axis=1), t).tolist() == want
+    assert has_target(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0, 1])), torch.tensor([0, 1, -100])).tolist() == [True, False, False]
+    for lf, y in ((nn.MSELoss(), t), (nn.BCEWithLogitsLoss(), t.float()), (nn.CrossEntropyLoss(), rnd(B, 3).softmax(1)), (nn.CrossEntropyLoss(), "ab")):
+        assert has_target(lf, y) is None
