@@ -1,4 +1,5 @@
 "Selectors and history against simple models in NumPy, on whatever inputs hypothesis finds."
+
 import math
 
 import numpy as np
@@ -8,8 +9,22 @@ from hypothesis import strategies as st
 
 from fastsb.history import LossHistory
 from fastsb.losses import per_item_loss, prediction_entropy, weighted_loss
-from fastsb.select import (Capped, DoubtShare, InfoBatch, LossShare, LowK, OrderedPool, Percentile, Random, ReducibleLoss, Threshold, TopK,
-                           Uncertainty, inclusion, systematic)
+from fastsb.select import (
+    Capped,
+    DoubtShare,
+    InfoBatch,
+    LossShare,
+    LowK,
+    OrderedPool,
+    Percentile,
+    Random,
+    ReducibleLoss,
+    Threshold,
+    TopK,
+    Uncertainty,
+    inclusion,
+    systematic,
+)
 
 property_test = settings(max_examples=200, derandomize=True, deadline=None)
 ordinary = st.floats(-1e6, 1e6, width=32)
@@ -20,7 +35,9 @@ fractions = st.floats(0.01, 1.0)
 
 
 def batches(*kinds, least=1, most=40):
-    return st.one_of(*(st.lists(k, min_size=least, max_size=most) for k in kinds)).map(lambda v: np.array(v, dtype=np.float32))
+    return st.one_of(*(st.lists(k, min_size=least, max_size=most) for k in kinds)).map(
+        lambda v: np.array(v, dtype=np.float32)
+    )
 
 
 any_losses = batches(ordinary, few_values, extreme)
@@ -47,10 +64,16 @@ class Ring:
         self.size, self.v = size, []
 
     def update(self, l):
-        self.v = (self.v + [x for x in l.tolist() if math.isfinite(x)])[-self.size:]
+        self.v = (self.v + [x for x in l.tolist() if math.isfinite(x)])[-self.size :]
 
     def percentile(self, l):
-        return np.array([np.float32(sum(v < x for v in self.v)) / np.float32(len(self.v)) if self.v and x == x else 1.0 for x in l.tolist()], dtype=np.float32)
+        return np.array(
+            [
+                np.float32(sum(v < x for v in self.v)) / np.float32(len(self.v)) if self.v and x == x else 1.0
+                for x in l.tolist()
+            ],
+            dtype=np.float32,
+        )
 
 
 @property_test
@@ -72,8 +95,12 @@ def test_history(size, stream, asked):
 def test_those_who_rank(l, keep, seed):
     n, k, bad = len(l), count(keep, len(l)), ~np.isfinite(l)
     irreducible = np.linspace(-1, 1, n, dtype=np.float32)
-    for make, key in ((lambda: TopK(keep, seed), -l), (lambda: LowK(keep, seed), l), (lambda: Uncertainty(keep, seed=seed), -l),
-                      (lambda: ReducibleLoss(torch.from_numpy(irreducible), keep, seed), -(l - irreducible))):
+    for make, key in (
+        (lambda: TopK(keep, seed), -l),
+        (lambda: LowK(keep, seed), l),
+        (lambda: Uncertainty(keep, seed=seed), -l),
+        (lambda: ReducibleLoss(torch.from_numpy(irreducible), keep, seed), -(l - irreducible)),
+    ):
         s = make().select(torch.from_numpy(l), items=torch.arange(n))
         want = ranked(np.where(bad, -np.inf, key), first_draws(make(), n))[:k]  # what is not finite comes first
         assert s.idx.tolist() == sorted(want) == s.p.nonzero().flatten().tolist() and s.w is None
@@ -158,8 +185,11 @@ def test_drawn_one_by_one(l, beta, seed):
     h.update(torch.from_numpy(l))
     model.update(l)
     bad = ~np.isfinite(l)
-    for make, p in ((lambda: Percentile(beta, seed=seed), model.percentile(l) ** np.float32(beta)), (lambda: Random(0.4, seed=seed), np.full(len(l), 0.4)),
-                    (lambda: Threshold(beta), l > np.float32(beta))):
+    for make, p in (
+        (lambda: Percentile(beta, seed=seed), model.percentile(l) ** np.float32(beta)),
+        (lambda: Random(0.4, seed=seed), np.full(len(l), 0.4)),
+        (lambda: Threshold(beta), l > np.float32(beta)),
+    ):
         s = make().select(torch.from_numpy(l), h)
         np.testing.assert_allclose(s.p, np.where(bad, 1, p), rtol=1e-5, atol=1e-7)
         u = 0.5 if isinstance(make(), Threshold) else first_draws(make(), len(l))
