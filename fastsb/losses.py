@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['known_losses', 'loss_setting', 'loss_name', 'unreduced', 'loss_kind', 'per_item_loss', 'shows_doubt', 'doubt_problem',
-           'prediction_entropy', 'weighted_loss']
+           'has_target', 'prediction_entropy', 'weighted_loss']
 
-# %% ../nbs/00_losses.ipynb #6ef22d8f
+# %% ../nbs/00_losses.ipynb #a8d2b0b5
 import inspect
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_losses.ipynb #ec9a5b86
+# %% ../nbs/00_losses.ipynb #5f0433c3
 _none = inspect.Parameter.empty
 
-def _keyword(f, name):
-    "The value that the callable `f` has for its keyword `name`, bound or default; `_none` if it has no such keyword"
+def _keyword(o, name):
+    "The value that `o` has for its keyword `name`, bound or default; `_none` if it takes no such keyword"
+    if isinstance(o, partial): return o.keywords.get(name, _none) # what it wraps is asked next
+    f = o if inspect.isroutine(o) else getattr(o, 'forward', None) or type(o).__call__ # a module passes on to `forward`
+    code = getattr(inspect.unwrap(f), '__code__', None)
+    if code is not None and name not in code.co_varnames: return _none # signatures are slow
     try: p = inspect.signature(f).parameters.get(name)
     except (TypeError, ValueError): p = None
     return _none if p is None else p.default
@@ -29,23 +34,26 @@ def _parts(loss_func):
     yield loss_func
     if hasattr(loss_func, 'func'): yield from _parts(loss_func.func)
 
-def _keyword_of(o, name):
-    "`_keyword` of `o`, or of its `forward`, to which a module passes on what it is called with"
-    v = _keyword(o, name)
-    return _keyword(o.forward, name) if v is _none and hasattr(o, 'forward') else v
+def _whole_name(c): return c.__module__,c.__qualname__
+
+def _layers(loss_func):
+    "`loss_func` and what lies below it, as far as it is wrapped in partials and fastai's flattening"
+    yield loss_func
+    flat = any(_whole_name(c) == ('fastai.losses','BaseLoss') for c in type(loss_func).__mro__)
+    if flat or isinstance(loss_func, partial): yield from _layers(loss_func.func)
 
 def loss_setting(loss_func, name, default=None):
     "Attribute or keyword `name` of `loss_func`, or of the function that a fastai `BaseLoss` wraps"
     for o in _parts(loss_func):
         if hasattr(o, name): return getattr(o, name)
-        if (v := _keyword_of(o, name)) is not _none: return v
+        if (v := _keyword(o, name)) is not _none: return v
     return default
 
 def loss_name(loss_func) -> str:
     "What to call `loss_func` in a sentence"
     return getattr(loss_func, '__name__', None) or type(loss_func).__name__
 
-# %% ../nbs/00_losses.ipynb #619d3773
+# %% ../nbs/00_losses.ipynb #332196ce
 def _is_fixed(loss_func):
     "Is the attribute `reduction` one that cannot be set?"
     try: loss_func.reduction = loss_func.reduction
@@ -69,13 +77,13 @@ def unreduced(
         loss_func.reduction = 'none'
         try: yield loss_func
         finally: loss_func.reduction = old
-    elif any(_keyword_of(o, 'reduction') is not _none for o in _parts(loss_func)):
+    elif any(_keyword(o, 'reduction') is not _none for o in _layers(loss_func)):
         yield partial(loss_func, reduction='none')
     else:
         why = "its `reduction` cannot be set" if fixed else "it has neither an attribute nor a keyword `reduction`"
         raise TypeError(f"loss_func={loss_name(loss_func)} cannot be split into one loss per example: {why}. {_pass}")
 
-# %% ../nbs/00_losses.ipynb #58a2dba5
+# %% ../nbs/00_losses.ipynb #1efd9409
 known_losses = dict( # by what they take as predictions
     classes=('CrossEntropyLoss','cross_entropy','LabelSmoothingCrossEntropy','FocalLoss'), # logits of classes
     log_classes=('NLLLoss','nll_loss'), # log-probabilities of classes
@@ -86,14 +94,6 @@ known_losses = dict( # by what they take as predictions
 _functions = [getattr(F, name) for names in known_losses.values() for name in names if hasattr(F, name)]
 _classes = {(module, name) for names in known_losses.values() for name in names
             for module in ('torch.nn.modules.loss','fastai.losses')}
-
-def _whole_name(c): return c.__module__,c.__qualname__
-
-def _layers(loss_func):
-    "`loss_func` and what lies below it, as far as it is wrapped in partials and fastai's flattening"
-    yield loss_func
-    flat = any(_whole_name(c) == ('fastai.losses','BaseLoss') for c in type(loss_func).__mro__)
-    if flat or isinstance(loss_func, partial): yield from _layers(loss_func.func)
 
 def loss_kind(loss_func) -> str:
     """What `loss_func` computes, below partials and fastai's flattening.
@@ -107,15 +107,17 @@ def loss_kind(loss_func) -> str:
     module = getattr(f, '__module__', None) if hasattr(f, '__name__') else type(f).__module__
     return f"{module}.{loss_name(f)}"
 
-def _is_a(loss_func, *groups): return any(loss_kind(loss_func) in known_losses[g] for g in groups)
+def _is_a(loss_func, *groups):
+    kind = loss_kind(loss_func)
+    return any(kind in known_losses[g] for g in groups)
 
-# %% ../nbs/00_losses.ipynb #8daf85b0
+# %% ../nbs/00_losses.ipynb #e36799cd
 def _tensors(o):
     "The tensors with rows in a nested `o`"
     if isinstance(o, Tensor):
         if o.dim(): yield o
-    elif isinstance(o, (dict,tuple,list)):
-        for v in o.values() if isinstance(o, dict) else o: yield from _tensors(v)
+    elif isinstance(o, (Mapping,tuple,list)):
+        for v in o.values() if isinstance(o, Mapping) else o: yield from _tensors(v)
 
 def _n_items(pred, yb):
     "Number of rows of the first tensor among targets and predictions"
@@ -125,7 +127,7 @@ def _n_items(pred, yb):
 def _some_rows(o, which, n):
     "`o` with the rows `which`, a slice, of those of its tensors that have `n`"
     if isinstance(o, Tensor): return o[which] if o.dim() and len(o) == n else o
-    if isinstance(o, dict): return type(o)((k,_some_rows(v, which, n)) for k,v in o.items())
+    if isinstance(o, Mapping): return type(o)({k: _some_rows(v, which, n) for k,v in o.items()})
     if not isinstance(o, (tuple,list)): return o
     new = [_some_rows(v, which, n) for v in o]
     return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
@@ -207,7 +209,7 @@ def per_item_loss(
     counted = _counted(loss_func, yb, *l.shape)
     return l.mean(1) if counted is None else l.sum(1)/counted.sum(1).clamp(min=1)
 
-# %% ../nbs/00_losses.ipynb #4f211c8e
+# %% ../nbs/00_losses.ipynb #f56267f7
 def shows_doubt(
     loss_func, # A loss
 ) -> bool:
@@ -242,12 +244,20 @@ def doubt_problem(
 
 def _has_target(loss_func, yb, n, m):
     "(n,m) bool: which elements have a target that the loss looks at; None if all have, as far as is known"
-    if _is_a(loss_func, 'yes_or_no'): return None
-    counted = _counted(loss_func, yb, n, m, default=-100)
+    counted = _counted(loss_func, yb, n, m, default=-100 if _is_a(loss_func, 'classes', 'log_classes') else None)
     weight = loss_setting(loss_func, 'weight')
     if counted is None or weight is None or loss_setting(loss_func, 'label_smoothing'): return counted
     y = _plain(next(_tensors(yb))).reshape(n, m).long().masked_fill(~counted, 0)
     return counted & (_plain(weight).to(y.device) != 0)[y]
+
+def has_target(
+    loss_func, # Loss that training uses
+    *yb, # Target(s)
+) -> Tensor|None: # (B,) bool; None if all have, as far as is known
+    "Which examples have a target at all? One that has none, since all of it is `ignore_index`, teaches nothing"
+    y = next(_tensors(yb), None)
+    there = None if y is None else _has_target(loss_func, yb, len(y), y.numel()//max(len(y), 1))
+    return None if there is None else there.any(1)
 
 def prediction_entropy(
     loss_func, # A loss over classes, or binary cross-entropy with logits

@@ -421,7 +421,16 @@ class LowK(TopK):
     "Exactly the round(keep*B) candidates with the lowest losses: for comparison, and to begin with the easy ones"
     lowest = True
 
-# %% ../nbs/02_select.ipynb #8487e57f
+# %% ../nbs/02_select.ipynb #cf4e862b
+def _above_lowest(x):
+    "`x` (B,), counted from its lowest finite number, if that is below 0; 0 for what is not finite"
+    if (v := host_array(x)) is not None:
+        finite = np.isfinite(v)
+        v = np.where(finite, v, 0)
+        return torch.from_numpy(np.where(finite, v-min(v.min(), 0), 0))
+    sure = torch.where(x.isfinite(), x, 0.)
+    return torch.where(x.isfinite(), sure-sure.min().clamp(max=0.), 0.)
+
 class LossShare(Selector):
     """BatchLossFilter: the fewest of the highest losses that together hold a share of the batch's loss
 
@@ -449,10 +458,8 @@ class LossShare(Selector):
     def probs(self, losses, history=None, **context):
         "1 for the fewest of the highest losses that hold the share; never for nobody"
         losses,n = as_losses(losses),len(losses)
-        finite = losses.isfinite()
-        lowest = torch.where(finite, losses, 0.).min().clamp(max=0.)
         least = n if self.min_loss_perc == 1 else max(1, math.ceil(self.min_samples_perc*n - 1e-9))
-        above = torch.where(finite, losses-lowest, 0.)
+        above = _above_lowest(losses)
         return _fewest(above, self.min_loss_perc, least, n, self.tie_breaker(above)).float()
 
     def state_dict(self):
@@ -622,7 +629,7 @@ class ReducibleLoss(TopK):
         if self.irreducible.device != losses.device: self.irreducible = self.irreducible.to(losses.device)
         return losses - self.irreducible[items]
 
-# %% ../nbs/02_select.ipynb #4cc2726c
+# %% ../nbs/02_select.ipynb #2968c04e
 class ByDoubt(Selector):
     """Base class of the selectors that go by doubt: candidates are judged by the entropy of the model's predictions.
 
@@ -645,11 +652,12 @@ class ByDoubt(Selector):
         "`prediction_entropy`, and the loss where that is not finite; `ValueError` where there is a `doubt_problem`"
         if pred is None and loss_func is None: return losses
         known,targets = (loss_func,yb) if self.like is None else (self.like,())
-        why = "these scores come without predictions" if pred is None else doubt_problem(known, pred, *targets)
-        if why is None and len(pred) != len(losses): why = f"there are {len(pred)} predictions for {len(losses)} losses"
-        if why is not None: self._refuse(why)
-        if doubt_problem(known, pred, *yb) is None: targets = yb # those of a loss of the user's own may be anything
-        return _where_finite(losses, prediction_entropy(known, pred, *targets), losses)
+        if self.like is not None and doubt_problem(known, pred, *yb) is None: targets = yb # else they may be anything
+        h = prediction_entropy(known, pred, *targets)
+        if h is not None and len(h) == len(losses): return _where_finite(losses, h, losses)
+        if pred is None: self._refuse("these scores come without predictions")
+        if h is None: self._refuse(doubt_problem(known, pred, *targets))
+        self._refuse(f"there are {len(h)} predictions for {len(losses)} losses")
 
 def _check_like(like):
     if like is None or shows_doubt(like): return like

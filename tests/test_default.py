@@ -71,7 +71,7 @@ def learner(n, loss_func, out, targets, cbs):
     ],
 )
 def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
-    "By prediction entropy where there are classes, whatever the labels; elsewhere by loss. Nothing is scored, nothing else is loaded"
+    "By prediction entropy where there are classes, whatever the labels; by loss where that is asked for. Nothing is scored, nothing else is loaded"
     ref = Reference(digits(650)[0], measure)
     learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(**kw), 6)
     sb = learn.sb
@@ -81,7 +81,13 @@ def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
         assert len(set(got)) == len(got) == len(want) // 32 * 32 and set(got) <= want
 
 
-@pytest.mark.parametrize("loss_func,name", [(MSELossFlat(), "MSELoss"), (lambda pred, y: ((pred - y) ** 2).mean(), "<lambda>")])
+@pytest.mark.parametrize("loss_func", [MSELossFlat(), own_loss])
+def test_doubt_that_is_asked_for_and_not_known_is_refused(loss_func):
+    with pytest.raises(ValueError, match=r"Uncertainty\(keep=0.5\) goes by doubt, and .* is not known as a loss over classes.*like="):
+        quiet_fit(learner(330, loss_func, 1, "numbers", None).selective_backprop(selector=Uncertainty(0.5)), 3)
+
+
+@pytest.mark.parametrize("loss_func,name", [(MSELossFlat(), "MSELoss"), (lambda pred, y: ((pred - y) ** 2).mean(), "test_default.<lambda>")])
 def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsys):
     "As without fastsb, bit by bit, even if the loss cannot be split; and that is said"
     set_seed(0)

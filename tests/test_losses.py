@@ -1,4 +1,5 @@
 "`per_item_loss` against PyTorch's own loss of each example alone."
+
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,17 @@ from fastai.losses import (
 from fastai.torch_core import TensorCategory, TensorImage
 from torch import nn
 
-from fastsb.losses import doubt_problem, loss_kind, loss_setting, per_item_loss, prediction_entropy, shows_doubt, unreduced, weighted_loss
+from fastsb.losses import (
+    doubt_problem,
+    has_target,
+    loss_kind,
+    loss_setting,
+    per_item_loss,
+    prediction_entropy,
+    shows_doubt,
+    unreduced,
+    weighted_loss,
+)
 
 B = 6
 g = torch.Generator().manual_seed(0)
@@ -74,7 +85,10 @@ def test_mean_of_items_is_the_loss_and_each_item_is_its_own(name):
     items = per_item_loss(lf, pred, *args(t))
     assert items.shape == (B,) and type(items) is torch.Tensor
     torch.testing.assert_close(items.mean(), torch.as_tensor(lf(pred, *args(t))).as_subclass(torch.Tensor))
-    alone = [torch.as_tensor(lf(pred[i : i + 1], *(o[i : i + 1] for o in args(t)))).as_subclass(torch.Tensor) for i in range(B)]
+    alone = [
+        torch.as_tensor(lf(pred[i : i + 1], *(o[i : i + 1] for o in args(t)))).as_subclass(torch.Tensor)
+        for i in range(B)
+    ]
     torch.testing.assert_close(items, torch.stack(alone))
 
 
@@ -91,8 +105,14 @@ def test_class_weights_weigh_the_losses():
         torch.testing.assert_close(per_item_loss(lf, p, t), want)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.CrossEntropyLoss(ignore_index=255), lambda: CrossEntropyLossFlat(axis=1, ignore_index=255),
-                                  lambda: partial(F.cross_entropy, ignore_index=255)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.CrossEntropyLoss(ignore_index=255),
+        lambda: CrossEntropyLossFlat(axis=1, ignore_index=255),
+        lambda: partial(F.cross_entropy, ignore_index=255),
+    ],
+)
 def test_ignored_pixels_do_not_count(make):
     p, t = rnd(B, 3, 4, 5), ints(3, B, 4, 5)
     for i in range(B):
@@ -114,7 +134,9 @@ def test_tensor_subclasses_in_plain_tensor_out():
     p, t = TensorImage(rnd(B, 3)), TensorCategory(ints(3, B))
     items = per_item_loss(CrossEntropyLossFlat(), p, t)
     assert type(items) is torch.Tensor
-    torch.testing.assert_close(items, F.cross_entropy(p.as_subclass(torch.Tensor), t.as_subclass(torch.Tensor), reduction="none"))
+    torch.testing.assert_close(
+        items, F.cross_entropy(p.as_subclass(torch.Tensor), t.as_subclass(torch.Tensor), reduction="none")
+    )
 
 
 def test_reduction_is_restored_also_by_an_exception():
@@ -147,9 +169,10 @@ def test_what_cannot_be_split_is_refused():
         pass
 
 
-# is it a loss that is known? --------------------------------------------------------------------------------------------
+# is it a loss that is known? ----------------------------------------------------
 class FocalLoss(nn.Module):
     "Binary, as in many notebooks"
+
     reduction = "mean"
 
     def forward(self, p, y):
@@ -187,9 +210,12 @@ known = {
     "CrossEntropyLoss": (nn.CrossEntropyLoss(), CrossEntropyLossFlat(axis=1), Mine(), MineFlat()),
     "cross_entropy": (F.cross_entropy, partial(partial(F.cross_entropy, label_smoothing=0.1), ignore_index=3)),
     "LabelSmoothingCrossEntropy": (LabelSmoothingCrossEntropyFlat(), LabelSmoothingCrossEntropyFlat().func),
-    "FocalLoss": (FocalLossFlat(), FocalLossFlat().func), "NLLLoss": (nn.NLLLoss(),), "nll_loss": (F.nll_loss,),
+    "FocalLoss": (FocalLossFlat(), FocalLossFlat().func),
+    "NLLLoss": (nn.NLLLoss(),),
+    "nll_loss": (F.nll_loss,),
     "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat()),
-    "binary_cross_entropy_with_logits": (F.binary_cross_entropy_with_logits,), "MSELoss": (nn.MSELoss(), MSELossFlat()),
+    "binary_cross_entropy_with_logits": (F.binary_cross_entropy_with_logits,),
+    "MSELoss": (nn.MSELoss(), MSELossFlat()),
 }
 
 
@@ -198,47 +224,87 @@ def test_losses_are_known_by_what_they_are_and_not_by_name():
         for lf in losses:
             assert loss_kind(lf) == name
             assert shows_doubt(lf) == (name != "MSELoss")
-    for lf in (FocalLoss(), NLLLoss(), cross_entropy, partial(cross_entropy, reduction="sum"), Wraps(), nn.GaussianNLLLoss(), nn.L1Loss(), BCELossFlat(),
-               lambda p, y: 0.0):
+    for lf in (
+        FocalLoss(),
+        NLLLoss(),
+        cross_entropy,
+        partial(cross_entropy, reduction="sum"),
+        Wraps(),
+        nn.GaussianNLLLoss(),
+        nn.L1Loss(),
+        BCELossFlat(),
+        lambda p, y: 0.0,
+    ):
         assert not shows_doubt(lf) and "." in loss_kind(lf)
     assert loss_kind(FocalLoss()) == f"{__name__}.FocalLoss"
 
 
-@pytest.mark.parametrize("lf,pred,y,words", [
-    (FocalLoss(), (B, 1), "float", "test_losses.FocalLoss is not known"), (nn.MSELoss(), (B, 2), None, "not known"),
-    (nn.CrossEntropyLoss(), (B, 1), "int", "one column"), (nn.CrossEntropyLoss(), (B,), "int", "no dimension of classes"),
-    (CrossEntropyLossFlat(axis=1), (B, 1, 4), "int", "one column"), (nn.CrossEntropyLoss(), (B, 3), (B, 2), "targets of shape (6, 2) do not fit"),
-    (nn.CrossEntropyLoss(), (B, 3), (B - 1,), "do not fit"), (nn.CrossEntropyLoss(), (B, 3, 4), (B, 5), "do not fit"),
-    (nn.BCEWithLogitsLoss(), (B, 3), (B,), "do not fit"), (nn.CrossEntropyLoss(), tuple, "int", "gives a tuple"),
-])
+@pytest.mark.parametrize(
+    "lf,pred,y,words",
+    [
+        (FocalLoss(), (B, 1), "float", "test_losses.FocalLoss is not known"),
+        (nn.MSELoss(), (B, 2), None, "not known"),
+        (nn.CrossEntropyLoss(), (B, 1), "int", "one column"),
+        (nn.CrossEntropyLoss(), (B,), "int", "no dimension of classes"),
+        (CrossEntropyLossFlat(axis=1), (B, 1, 4), "int", "one column"),
+        (nn.CrossEntropyLoss(), (B, 3), (B, 2), "targets of shape (6, 2) do not fit"),
+        (nn.CrossEntropyLoss(), (B, 3), (B - 1,), "do not fit"),
+        (nn.CrossEntropyLoss(), (B, 3, 4), (B, 5), "do not fit"),
+        (nn.BCEWithLogitsLoss(), (B, 3), (B,), "do not fit"),
+        (nn.CrossEntropyLoss(), tuple, "int", "gives a tuple"),
+    ],
+)
 def test_predictions_that_show_no_doubt(lf, pred, y, words):
     p = (rnd(B, 3), rnd(B, 3)) if pred is tuple else rnd(*pred)
-    t = () if y is None else (torch.zeros(B, dtype=torch.long if y == "int" else torch.float) if isinstance(y, str) else torch.zeros(y).long(),)
+    t = (
+        ()
+        if y is None
+        else (
+            torch.zeros(B, dtype=torch.long if y == "int" else torch.float)
+            if isinstance(y, str)
+            else torch.zeros(y).long(),
+        )
+    )
     assert words in doubt_problem(lf, p, *t)
     assert prediction_entropy(lf, p, *t) is None
 
 
 def test_predictions_that_do():
-    for lf, p, *t in ((nn.CrossEntropyLoss(), rnd(B, 3), ints(3, B)), (nn.CrossEntropyLoss(), rnd(B, 3), rnd(B, 3).softmax(1)),
-                      (MineFlat(), rnd(B, 3), ints(3, B), rnd(B)), (nn.CrossEntropyLoss(), rnd(B, 3, 4, 5), ints(3, B, 4, 5)),
-                      (CrossEntropyLossFlat(), rnd(B, 9, 3), ints(3, B, 9)), (CrossEntropyLossFlat(axis=1), rnd(B, 3, 9), ints(3, B, 9)),
-                      (BCEWithLogitsLossFlat(), rnd(B, 1), ints(2, B)), (nn.BCEWithLogitsLoss(), rnd(B, 7), ints(2, B, 7).float()),
-                      (CrossEntropyLossFlat(), rnd(B, 3), ints(3, B, 1)), (nn.CrossEntropyLoss(), rnd(B, 3)), (F.nll_loss, rnd(B, 3), ints(3, B)),
-                      (nn.CrossEntropyLoss(), rnd(0, 3), ints(3, 0))):
+    for lf, p, *t in (
+        (nn.CrossEntropyLoss(), rnd(B, 3), ints(3, B)),
+        (nn.CrossEntropyLoss(), rnd(B, 3), rnd(B, 3).softmax(1)),
+        (MineFlat(), rnd(B, 3), ints(3, B), rnd(B)),
+        (nn.CrossEntropyLoss(), rnd(B, 3, 4, 5), ints(3, B, 4, 5)),
+        (CrossEntropyLossFlat(), rnd(B, 9, 3), ints(3, B, 9)),
+        (CrossEntropyLossFlat(axis=1), rnd(B, 3, 9), ints(3, B, 9)),
+        (BCEWithLogitsLossFlat(), rnd(B, 1), ints(2, B)),
+        (nn.BCEWithLogitsLoss(), rnd(B, 7), ints(2, B, 7).float()),
+        (CrossEntropyLossFlat(), rnd(B, 3), ints(3, B, 1)),
+        (nn.CrossEntropyLoss(), rnd(B, 3)),
+        (F.nll_loss, rnd(B, 3), ints(3, B)),
+        (nn.CrossEntropyLoss(), rnd(0, 3), ints(3, 0)),
+    ):
         assert doubt_problem(lf, p, *t) is None
         assert prediction_entropy(lf, p, *t).shape == (len(p),)
 
 
-# what has no target has no doubt ------------------------------------------------------------------------------------------
+# what has no target has no doubt ----------------------------------------------------
 def entropy(p, axis):
     p = p.double().softmax(axis).numpy()
     return -(p * np.log(p)).sum(axis)
 
 
 @pytest.mark.parametrize("ignore", [-100, 255])
-@pytest.mark.parametrize("make,axis", [(lambda **k: nn.CrossEntropyLoss(**k), 1), (lambda **k: CrossEntropyLossFlat(axis=1, **k), 1),
-                                       (lambda **k: CrossEntropyLossFlat(**k), -1), (lambda **k: partial(F.cross_entropy, **k), 1),
-                                       (lambda **k: nn.NLLLoss(**k), 1)])
+@pytest.mark.parametrize(
+    "make,axis",
+    [
+        (lambda **k: nn.CrossEntropyLoss(**k), 1),
+        (lambda **k: CrossEntropyLossFlat(axis=1, **k), 1),
+        (lambda **k: CrossEntropyLossFlat(**k), -1),
+        (lambda **k: partial(F.cross_entropy, **k), 1),
+        (lambda **k: nn.NLLLoss(**k), 1),
+    ],
+)
 def test_ignored_elements_have_no_doubt(make, axis, ignore):
     p, t = (rnd(B, 3, 4, 5), ints(3, B, 4, 5)) if axis == 1 else (rnd(B, 20, 3), ints(3, B, 20))
     for i in range(B):
@@ -258,18 +324,25 @@ def test_a_class_of_weight_0_has_no_doubt():
     h = entropy(p, 1)
     want = [h[i][there[i]].mean() if there[i].any() else 0.0 for i in range(B)]
     np.testing.assert_allclose(prediction_entropy(nn.CrossEntropyLoss(weight=w), p, t), want, rtol=1e-5)
-    smooth = prediction_entropy(nn.CrossEntropyLoss(weight=w, label_smoothing=0.1), p, t)  # there the others have a part
+    smooth = prediction_entropy(
+        nn.CrossEntropyLoss(weight=w, label_smoothing=0.1), p, t
+    )  # there the others have a part
     np.testing.assert_allclose(smooth, h.mean(1), rtol=1e-5)
 
 
 def test_a_row_without_a_target_has_loss_0():
     t = ints(3, B)
     t[2] = -100
-    for lf in (nn.CrossEntropyLoss(), CrossEntropyLossFlat(), F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)):
+    for lf in (
+        nn.CrossEntropyLoss(),
+        CrossEntropyLossFlat(),
+        F.cross_entropy,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+    ):
         assert per_item_loss(lf, rnd(B, 3), t)[2] == 0
 
 
-# a loss with weights ------------------------------------------------------------------------------------------------------
+# a loss with weights ----------------------------------------------------
 cw = torch.tensor([0.1, 1.0, 7.0])
 ignoring = ints(3, B, 4, 5)
 ignoring[0, :3] = ignoring[2, 1:] = -100
@@ -378,9 +451,10 @@ def test_weights_of_a_loss_with_per_item():
             weighted_loss(F.mse_loss, p, t, w=wrong)
 
 
-# whose loss is whose? -----------------------------------------------------------------------------------------------------
+# whose loss is whose? ----------------------------------------------------
 class TokenLoss(nn.Module):
     "Keeps the real tokens only, as code for tagging does"
+
     reduction = "mean"
 
     def forward(self, p, y):
@@ -401,7 +475,9 @@ def test_a_loss_that_drops_tokens_is_refused_whatever_is_left():
         with pytest.raises(TypeError, match="per_item="):
             per_item_loss(TokenLoss(), p, y)
     p, y = rnd(B, 5, 4), ints(4, B, 5)  # all are there, in their order
-    torch.testing.assert_close(per_item_loss(TokenLoss(), p, y), F.cross_entropy(p.movedim(2, 1), y, reduction="none").mean(1))
+    torch.testing.assert_close(
+        per_item_loss(TokenLoss(), p, y), F.cross_entropy(p.movedim(2, 1), y, reduction="none").mean(1)
+    )
 
 
 def test_losses_of_ones_own_with_a_number_for_each_row():
@@ -420,7 +496,9 @@ def test_losses_of_ones_own_with_a_number_for_each_row():
         return F.binary_cross_entropy_with_logits(p.flatten(0, 1), t.flatten(0, 1), reduction=reduction)
 
     p, t = rnd(B, 5, 3), ints(2, B, 5, 3).float()
-    torch.testing.assert_close(per_item_loss(by_class, p, t), F.binary_cross_entropy_with_logits(p, t, reduction="none").mean((1, 2)))
+    torch.testing.assert_close(
+        per_item_loss(by_class, p, t), F.binary_cross_entropy_with_logits(p, t, reduction="none").mean((1, 2))
+    )
 
     def transposed(p, t, reduction="mean"):
         return F.mse_loss(p.T, t.T, reduction=reduction)
@@ -434,13 +512,19 @@ def test_nested_and_several_targets():
         return F.cross_entropy(p, t["label"], reduction=reduction)
 
     p, y = rnd(B, 3), ints(3, B)
-    torch.testing.assert_close(per_item_loss(loss, p, {"name": ["a"] * B, "label": y}), F.cross_entropy(p, y, reduction="none"))
+    torch.testing.assert_close(
+        per_item_loss(loss, p, {"name": ["a"] * B, "label": y}), F.cross_entropy(p, y, reduction="none")
+    )
 
     def two(p, a, b, reduction="mean"):
-        return F.cross_entropy(p[0], a, reduction=reduction) + F.mse_loss(p[1], b, reduction="none").mean(1 if reduction == "none" else (0, 1))
+        return F.cross_entropy(p[0], a, reduction=reduction) + F.mse_loss(p[1], b, reduction="none").mean(
+            1 if reduction == "none" else (0, 1)
+        )
 
     q, b = rnd(B, 2), rnd(B, 2)
-    torch.testing.assert_close(per_item_loss(two, (p, q), y, b), F.cross_entropy(p, y, reduction="none") + (q - b).square().mean(1))
+    torch.testing.assert_close(
+        per_item_loss(two, (p, q), y, b), F.cross_entropy(p, y, reduction="none") + (q - b).square().mean(1)
+    )
 
 
 def test_reduction_where_a_module_is_called():
@@ -462,3 +546,30 @@ def test_reduction_where_a_module_is_called():
         torch.testing.assert_close(per_item_loss(lf, p, y), F.cross_entropy(p, y, reduction="none"))
     with pytest.raises(TypeError, match="its `reduction` cannot be set"):
         per_item_loss(Fixed(), p, y)
+
+
+def test_which_examples_have_a_target():
+    t = ints(3, B, 4)
+    t[1] = t[3, :2] = -100
+    want = [True, False, True, True, True, True]
+    assert (
+        has_target(nn.CrossEntropyLoss(), t).tolist()
+        == has_target(CrossEntropyLossFlat(axis=1), {"y": t}).tolist()
+        == want
+    )
+    assert (
+        has_target(nn.CrossEntropyLoss(ignore_index=9), t).all()
+        and has_target(FocalLossFlat(axis=1), t).tolist() == want
+    )
+    assert has_target(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0, 1])), torch.tensor([0, 1, -100])).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    for lf, y in (
+        (nn.MSELoss(), t),
+        (nn.BCEWithLogitsLoss(), t.float()),
+        (nn.CrossEntropyLoss(), rnd(B, 3).softmax(1)),
+        (nn.CrossEntropyLoss(), "ab"),
+    ):
+        assert has_target(lf, y) is None

@@ -1,26 +1,62 @@
 "Every selector against its definition in NumPy, over ordinary and extreme losses."
+
 import math
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from common import FirstColumn, Spy, digits, digits_learner, fresh, quiet_fit
 from fastai.callback.all import MixUp, SchedCos
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    FocalLossFlat,
+    L1LossFlat,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from torch import nn
 
 from fastsb import history, select
 from fastsb.all import *
-from fastsb.select import (Absolute, Capped, DoubtShare, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Random, ReducibleLoss, Threshold, TopK, Uncertainty, inclusion,
-                           systematic)
+from fastsb.select import (
+    Absolute,
+    Capped,
+    DoubtShare,
+    GradNorm,
+    Hybrid,
+    InfoBatch,
+    LossShare,
+    LowK,
+    OrderedPool,
+    Random,
+    ReducibleLoss,
+    Threshold,
+    TopK,
+    Uncertainty,
+    inclusion,
+    systematic,
+)
 
 devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 rng = np.random.default_rng(0)
 inputs = {
-    "random": rng.exponential(size=128), "tied": rng.integers(0, 4, 128).astype(float), "constant": np.full(64, 0.7), "zero": np.zeros(32),
-    "one": np.array([1.3]), "two": np.array([2.0, 1.0]), "large": rng.exponential(size=8192), "tiny": rng.random(50) * 1e-30, "huge": rng.random(50) * 1e30,
-    "mixed": np.array([1e-30, 1e30, 0.5, 0.5, 2.0, 1e-30, 3.0]), "one holds all": np.array([1e-9] * 40 + [5.0]),
-    "negative": rng.normal(size=60), "nan": np.where(rng.random(64) < 0.1, np.nan, rng.random(64)), "inf": np.array([1.0, np.inf, 2.0, -np.inf, np.nan, 3.0]),
+    "random": rng.exponential(size=128),
+    "tied": rng.integers(0, 4, 128).astype(float),
+    "constant": np.full(64, 0.7),
+    "zero": np.zeros(32),
+    "one": np.array([1.3]),
+    "two": np.array([2.0, 1.0]),
+    "large": rng.exponential(size=8192),
+    "tiny": rng.random(50) * 1e-30,
+    "huge": rng.random(50) * 1e30,
+    "mixed": np.array([1e-30, 1e30, 0.5, 0.5, 2.0, 1e-30, 3.0]),
+    "one holds all": np.array([1e-9] * 40 + [5.0]),
+    "negative": rng.normal(size=60),
+    "nan": np.where(rng.random(64) < 0.1, np.nan, rng.random(64)),
+    "inf": np.array([1.0, np.inf, 2.0, -np.inf, np.nan, 3.0]),
     "all nan": np.full(5, np.nan),
 }
 names = pytest.mark.parametrize("name", inputs)
@@ -70,7 +106,9 @@ def test_percentile_random_hybrid(name, device):
 
 @on
 @names
-@pytest.mark.parametrize("make", [lambda: Percentile(2, exact=True), lambda: Random(0.3, exact=True), lambda: Hybrid(1, 0.5, exact=True)])
+@pytest.mark.parametrize(
+    "make", [lambda: Percentile(2, exact=True), lambda: Random(0.3, exact=True), lambda: Hybrid(1, 0.5, exact=True)]
+)
 def test_exact_counts(name, make, device):
     losses, sel = losses_of(name, device), make()
     k = max(1, math.floor(sel.keep * len(losses) + 0.5))
@@ -106,7 +144,7 @@ def test_inclusion_is_capped_proportional(seed):
 
 
 def ranked(key, make, device="cpu"):
-    "Candidates by `key`, the lowest first; of equals those first whose uniform number, the selector's first draw, is lower"
+    "Candidates by `key`, the lowest first; of equals those first whose number in the first draw is lower"
     return np.lexsort((make().uniform(len(key), device).cpu().numpy(), key))
 
 
@@ -117,7 +155,7 @@ def test_topk_lowk_threshold(name, device):
     n = len(l)
     for keep in (0.01, 0.3, 0.5, 1.0):
         k = max(1, math.floor(keep * n + 0.5))
-        for make, key in ((lambda: TopK(keep, seed=4), -l), (lambda: LowK(keep, seed=5), l)):
+        for make, key in ((partial(TopK, keep, seed=4), -l), (partial(LowK, keep, seed=5), l)):
             key = np.where(bad(l), -np.inf, key)  # what is not finite comes first
             want = sorted(ranked(key, make, device)[:k])
             s = make().select(losses_of(name, device), history_of(losses_of(name, device)))
@@ -148,7 +186,7 @@ def test_loss_share(name, device):
     l = inputs[name].astype(np.float32)
     for share in (0.0, 0.5, 0.9, 1.0):
         for least in (None, 0.25, 1.0):
-            make = lambda: LossShare(share, least, seed=1)
+            make = partial(LossShare, share, least, seed=1)
             s = make().select(losses_of(name, device))
             assert s.idx.tolist() == reference_loss_share(l, share, least or 0, make, device) and len(s.idx) > 0
 
@@ -159,8 +197,15 @@ def test_doubt_share(name, device):
     "On doubts that are remembered, and that are read from predictions: the fewest that hold the share"
     l = np.abs(inputs[name].astype(np.float32))
     n = len(l)
-    for share, floor, ceiling in ((0.9, 0.1, 1.0), (0.5, 0.0, 1.0), (0.95, 0.3, 0.6), (0.2, 0.5, 0.5), (1.0, 0.1, 0.7), (1.0, 0.1, 1.0)):
-        make = lambda: DoubtShare(share, floor, ceiling, seed=3)
+    for share, floor, ceiling in (
+        (0.9, 0.1, 1.0),
+        (0.5, 0.0, 1.0),
+        (0.95, 0.3, 0.6),
+        (0.2, 0.5, 0.5),
+        (1.0, 0.1, 0.7),
+        (1.0, 0.1, 1.0),
+    ):
+        make = partial(DoubtShare, share, floor, ceiling, seed=3)
         least = max(1, math.ceil(floor * n - 1e-9))
         most = max(least, math.floor(ceiling * n + 1e-9))
         want = fewest(np.where(bad(l), 0, l), share, most if share == 1 else least, most, make, device)
@@ -188,8 +233,13 @@ def test_doubt_share_adapts():
     assert len(DoubtShare(0.9).select(torch.ones(1000)).idx) == 900
     assert len(DoubtShare(0.9).select(torch.tensor([1e-6] * 900 + [1.0] * 100)).idx) == 100  # 90 of them hold the share
     assert len(DoubtShare(0.9, floor=0.25).select(torch.zeros(1000)).idx) == 250
-    assert repr(DoubtShare(0.9)) == "DoubtShare(share=0.9)" and repr(DoubtShare(0.8, 0.2, 0.9)) == "DoubtShare(share=0.8, floor=0.2, ceiling=0.9)"
-    assert DoubtShare(1.0).keep == 1 and DoubtShare(0.9).keep is None and not DoubtShare().exact and DoubtShare().global_
+    assert (
+        repr(DoubtShare(0.9)) == "DoubtShare(share=0.9)"
+        and repr(DoubtShare(0.8, 0.2, 0.9)) == "DoubtShare(share=0.8, floor=0.2, ceiling=0.9)"
+    )
+    assert (
+        DoubtShare(1.0).keep == 1 and DoubtShare(0.9).keep is None and not DoubtShare().exact and DoubtShare().global_
+    )
 
 
 @on
@@ -214,12 +264,18 @@ def test_absolute(B, scale, device):
     pred, y = (r.normal(size=(B, 5)) * scale).astype(np.float32), r.integers(0, 5, B)
     e = np.exp((pred - pred.max(1, keepdims=True)).astype(np.float64))
     want = np.minimum(((e / e.sum(1, keepdims=True) - np.eye(5)[y]) ** 2).sum(1), 1)
-    got = Absolute().probs(torch.ones(B, device=device), pred=torch.tensor(pred, device=device), yb=(torch.tensor(y, device=device),))
+    got = Absolute().probs(
+        torch.ones(B, device=device), pred=torch.tensor(pred, device=device), yb=(torch.tensor(y, device=device),)
+    )
     np.testing.assert_allclose(got.cpu(), want, atol=1e-5)
 
 
 def test_absolute_is_for_classification():
-    for pred, y in ((torch.rand(4, 3, 2, 2), torch.zeros(4, 2, 2).long()), (torch.rand(4, 3), torch.rand(4, 3)), (torch.rand(4, 3), None)):
+    for pred, y in (
+        (torch.rand(4, 3, 2, 2), torch.zeros(4, 2, 2).long()),
+        (torch.rand(4, 3), torch.rand(4, 3)),
+        (torch.rand(4, 3), None),
+    ):
         with pytest.raises(ValueError, match="classification with one label"):
             Absolute().probs(torch.ones(4), pred=pred, yb=(y,) if y is not None else ())
 
@@ -237,7 +293,11 @@ def test_gradnorm_bounds_are_gradient_norms():
         (nn.MSELoss(), t, 2 / 5 * (pred - t).norm(dim=1)),
         (MSELossFlat(), t, 2 / 5 * (pred - t).norm(dim=1)),
         (BCEWithLogitsLossFlat(), t.sigmoid(), 1 / 5 * (pred.sigmoid() - t.sigmoid()).norm(dim=1)),
-        (LabelSmoothingCrossEntropyFlat(eps=0.1), y, (pred.softmax(1) - 0.9 * nn.functional.one_hot(y, 5) - 0.1 / 5).norm(dim=1)),
+        (
+            LabelSmoothingCrossEntropyFlat(eps=0.1),
+            y,
+            (pred.softmax(1) - 0.9 * nn.functional.one_hot(y, 5) - 0.1 / 5).norm(dim=1),
+        ),
     ]
     for lf, target, want in cases:
         sel = GradNorm()
@@ -274,8 +334,15 @@ def test_gradnorm_draws_in_proportion_and_weighs_without_bias():
 def test_gradnorm_over_all_inputs(B, kind, device):
     "Squared error, so that the bound is 2/d*||pred-target||: probabilities, draws and weights as in NumPy"
     r = np.random.default_rng(B)
-    pred = {"random": r.normal(size=(B, 3)), "tied": r.integers(0, 3, (B, 3)), "constant": np.ones((B, 3)), "tiny": r.random((B, 3)) * 1e-30,
-            "huge": r.random((B, 3)) * 1e15, "nan": r.normal(size=(B, 3)), "inf": r.normal(size=(B, 3))}[kind].astype(np.float32)
+    pred = {
+        "random": r.normal(size=(B, 3)),
+        "tied": r.integers(0, 3, (B, 3)),
+        "constant": np.ones((B, 3)),
+        "tiny": r.random((B, 3)) * 1e-30,
+        "huge": r.random((B, 3)) * 1e15,
+        "nan": r.normal(size=(B, 3)),
+        "inf": r.normal(size=(B, 3)),
+    }[kind].astype(np.float32)
     if kind in ("nan", "inf"):
         pred[r.random(B) < 0.1] = dict(nan=np.nan, inf=np.inf)[kind]
     target = torch.zeros(B, 3, device=device)
@@ -304,7 +371,7 @@ def test_reducible_loss_over_all_inputs(name, device):
     r = np.random.default_rng(7)
     items, irr = r.permutation(len(l) + 10)[: len(l)], r.random(len(l) + 10).astype(np.float32)
     for keep in (0.1, 0.5):
-        make = lambda: ReducibleLoss(torch.tensor(irr), keep, seed=2)
+        make = partial(ReducibleLoss, torch.tensor(irr), keep, seed=2)
         s = make().select(losses_of(name, device), items=torch.tensor(items, device=device))
         key = np.where(bad(l), -np.inf, -(l - irr[items]))
         assert s.idx.tolist() == sorted(ranked(key, make, device)[: max(1, math.floor(keep * len(l) + 0.5))])
@@ -388,7 +455,9 @@ def test_infobatch_is_unbiased():
     losses = losses_of("random")
     sel, n = InfoBatch(0.6, seed=0), 3000
     est = torch.stack([(s.w * losses[s.idx]).sum() / len(losses) for _ in range(n) for s in [sel.select(losses)]])
-    bias = (int(0.4 * (losses < losses.mean()).sum()) / 0.4 - int((losses < losses.mean()).sum())) / len(losses)  # int() takes a little less than 1-r
+    bias = (int(0.4 * (losses < losses.mean()).sum()) / 0.4 - int((losses < losses.mean()).sum())) / len(
+        losses
+    )  # int() takes a little less than 1-r
     low = losses[losses < losses.mean()].mean()
     assert abs(est.mean() - losses.mean() - bias * low) < 4 * est.std() / n**0.5
 
@@ -402,15 +471,29 @@ def test_ordered_pool(name, device):
     s = make().select(losses_of(name, device), u=u.to(device))
     k = max(1, math.floor(0.4 * n + 0.5))
     pool = set(np.argsort(u.numpy(), kind="stable")[: max(math.floor(0.75 * n + 0.5), k)])
-    key = np.where(bad(l), -np.inf, np.where(np.isin(np.arange(n), list(pool)), -l, np.inf))  # what is not finite comes first
+    key = np.where(
+        bad(l), -np.inf, np.where(np.isin(np.arange(n), list(pool)), -l, np.inf)
+    )  # what is not finite comes first
     assert len(s.idx) == k and s.idx.tolist() == sorted(ranked(key, make, device)[:k])
     with pytest.raises(ValueError, match="keep=0.8 must be at most pool=0.5"):
         OrderedPool(0.5, 0.8)
 
 
-# choosing in a fit -----------------------------------------------------------------------------------------------------
-family = [Random(0.5), Hybrid(1), Absolute(), Threshold(0.5), TopK(0.5), LowK(0.5), LossShare(0.9), Capped(Percentile(1)), GradNorm(2, tau=0),
-          Percentile(1, exact=True), InfoBatch(), OrderedPool()]
+# choosing in a fit ----------------------------------------------------
+family = [
+    Random(0.5),
+    Hybrid(1),
+    Absolute(),
+    Threshold(0.5),
+    TopK(0.5),
+    LowK(0.5),
+    LossShare(0.9),
+    Capped(Percentile(1)),
+    GradNorm(2, tau=0),
+    Percentile(1, exact=True),
+    InfoBatch(),
+    OrderedPool(),
+]
 
 
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
@@ -436,10 +519,23 @@ def no_host(monkeypatch):
 
 @names
 def test_host_and_device_agree(name, no_host):
-    makes = [lambda: Percentile(1, seed=1), lambda: Percentile(3, exact=True, seed=1), lambda: Percentile(0.5, exact=True, seed=2), lambda: TopK(0.3, seed=1),
-             lambda: LowK(0.3), lambda: Random(0.3, exact=True, seed=1), lambda: Hybrid(1, 0.5, seed=3), lambda: Threshold(0.5),
-             lambda: InfoBatch(0.5, seed=1), lambda: OrderedPool(0.75, 0.4, seed=1), lambda: Capped(TopK(0.3, seed=2), 0.8), lambda: LossShare(0.7, seed=3),
-             lambda: DoubtShare(0.7, seed=3), lambda: Uncertainty(0.4, seed=7), lambda: Capped(Percentile(1, exact=True, seed=1), 0.8)]
+    makes = [
+        lambda: Percentile(1, seed=1),
+        lambda: Percentile(3, exact=True, seed=1),
+        lambda: Percentile(0.5, exact=True, seed=2),
+        lambda: TopK(0.3, seed=1),
+        lambda: LowK(0.3),
+        lambda: Random(0.3, exact=True, seed=1),
+        lambda: Hybrid(1, 0.5, seed=3),
+        lambda: Threshold(0.5),
+        lambda: InfoBatch(0.5, seed=1),
+        lambda: OrderedPool(0.75, 0.4, seed=1),
+        lambda: Capped(TopK(0.3, seed=2), 0.8),
+        lambda: LossShare(0.7, seed=3),
+        lambda: DoubtShare(0.7, seed=3),
+        lambda: Uncertainty(0.4, seed=7),
+        lambda: Capped(Percentile(1, exact=True, seed=1), 0.8),
+    ]
 
     def run():
         out = []
@@ -447,7 +543,9 @@ def test_host_and_device_agree(name, no_host):
             h = LossHistory(50)
             for l in (losses_of(name), losses_of("random")[:37], losses_of("nan"), losses_of(name).flip(0)):
                 h.update(l)
-                s = make().select(l, h)  # the device always draws for equals, the host only where there are some: so each begins anew
+                s = make().select(
+                    l, h
+                )  # the device always draws for equals, the host only where there are some: so each begins anew
                 out.append((h.values(), h.percentile(l), s.idx, s.p))
         return out
 
@@ -475,8 +573,19 @@ def test_the_devices_way_does_not_wait(no_host):
 
     no_host()
     losses = torch.rand(64)
-    for sel, waits in ((Percentile(1, exact=True), 0), (TopK(0.5), 0), (OrderedPool(), 0), (Capped(Percentile(1, exact=True)), 0), (Percentile(1), 1),
-                       (Uncertainty(0.5), 0), (LossShare(), 1), (DoubtShare(), 1), (Threshold(0.5), 1), (InfoBatch(), 1), (Capped(TopK(0.5)), 1)):
+    for sel, waits in (
+        (Percentile(1, exact=True), 0),
+        (TopK(0.5), 0),
+        (OrderedPool(), 0),
+        (Capped(Percentile(1, exact=True)), 0),
+        (Percentile(1), 1),
+        (Uncertainty(0.5), 0),
+        (LossShare(), 1),
+        (DoubtShare(), 1),
+        (Threshold(0.5), 1),
+        (InfoBatch(), 1),
+        (Capped(TopK(0.5)), 1),
+    ):
         h = LossHistory(100)
         for i in range(5):
             with Counter() as c:
@@ -506,7 +615,14 @@ def test_no_host_waits_for_counts_that_are_known():
 
     losses = torch.rand(64)
     h = history_of(losses)
-    for sel, waits in ((TopK(0.5), 0), (LowK(0.5), 0), (Percentile(1, exact=True), 0), (Random(0.5, exact=True), 0), (Percentile(1), 1), (LossShare(), 1)):
+    for sel, waits in (
+        (TopK(0.5), 0),
+        (LowK(0.5), 0),
+        (Percentile(1, exact=True), 0),
+        (Random(0.5, exact=True), 0),
+        (Percentile(1), 1),
+        (LossShare(), 1),
+    ):
         sel.select(losses, h)
         with Counter() as c:
             sel.select(losses, h)
@@ -531,7 +647,9 @@ def test_the_weighted_loss_of_a_fit_is_the_hand_computed_one(rescale, batching):
             assert self.learn.loss_grad.requires_grad
             got.append(w)
 
-    learn = digits_learner(cbs=Check()).selective_backprop(**fresh(selector=Hybrid(1), rescale=rescale, batching=batching, start=0))
+    learn = digits_learner(cbs=Check()).selective_backprop(
+        **fresh(selector=Hybrid(1), rescale=rescale, batching=batching, start=0)
+    )
     quiet_fit(learn, 3)
     w = torch.cat(got)
     assert len(got) > 20 and w.std() > 0
@@ -592,23 +710,29 @@ def test_it_says_once_when_selection_cannot_pay(capsys):
     assert learn.sb.log.top_share.max() < 0.5
 
 
-# which loss is the score? --------------------------------------------------------------------------------------------------
+# which loss is the score? ----------------------------------------------------
 def test_the_score_is_the_training_loss_with_its_smoothing_and_weights():
     x, y = digits(64)
     model = nn.Linear(64, 10)
     logp = model(x).log_softmax(1).detach()
     w = torch.arange(1.0, 11.0)
     own = -logp[torch.arange(64), y]
-    for lf, want in ((nn.CrossEntropyLoss(weight=w), own * w[y]), (nn.CrossEntropyLoss(label_smoothing=0.3), 0.7 * own - 0.3 * logp.mean(1)),
-                     (LabelSmoothingCrossEntropyFlat(eps=0.3), 0.7 * own - 0.3 * logp.mean(1))):
+    for lf, want in (
+        (nn.CrossEntropyLoss(weight=w), own * w[y]),
+        (nn.CrossEntropyLoss(label_smoothing=0.3), 0.7 * own - 0.3 * logp.mean(1)),
+        (LabelSmoothingCrossEntropyFlat(eps=0.3), 0.7 * own - 0.3 * logp.mean(1)),
+    ):
         torch.testing.assert_close(SelectiveBackprop(model, lf, 64).score((x, y)), want)
 
 
-# the filter -------------------------------------------------------------------------------------------------------------------
+# the filter ----------------------------------------------------
 def test_batch_loss_filter():
     spy = Spy()
     learn = digits_learner(n=1400, cbs=spy)
-    assert learn.batch_loss_filter(min_loss_perc=0.9, min_samples_perc=0.1) is learn and type(learn.blf) is BatchLossFilterCallback
+    assert (
+        learn.batch_loss_filter(min_loss_perc=0.9, min_samples_perc=0.1) is learn
+        and type(learn.blf) is BatchLossFilterCallback
+    )
     quiet_fit(learn, 8)
     log = learn.blf.log
     assert log.selected[0] == 1 and log.fp.tolist() == [0] + [1376] * 7
@@ -616,7 +740,10 @@ def test_batch_loss_filter():
     assert len(spy.losses) == 43 * 8  # pruned: every batch is trained, never an empty one
     assert len(learn.blf.plot_selected().containers[0]) == 8  # a bar an epoch
     learn.batch_loss_filter(min_loss_perc=0.5)
-    assert len([c for c in learn.cbs if isinstance(c, BatchLossFilterCallback)]) == 1 and learn.blf.selector.min_loss_perc == 0.5
+    assert (
+        len([c for c in learn.cbs if isinstance(c, BatchLossFilterCallback)]) == 1
+        and learn.blf.selector.min_loss_perc == 0.5
+    )
     learn.remove_cb(BatchLossFilterCallback)
     assert not hasattr(learn, "blf")
 
@@ -633,14 +760,274 @@ def test_batch_loss_filter_schedule_and_accumulate():
     assert {n for _, n in spy.losses} == {32} and learn.blf.log.selected.is_monotonic_decreasing
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda: TopK(0), "keep=0"), (lambda: TopK(1.5), "keep=1.5"), (lambda: Random("x"), "keep='x'"), (lambda: Hybrid(1, 2), "mix=2"),
-    (lambda: Threshold(None), "loss=None"), (lambda: LossShare(-0.1), "min_loss_perc=-0.1"), (lambda: LossShare(0.9, 3), "min_samples_perc=3"),
-    (lambda: Capped(Percentile(), 0), "max_percentile=0"), (lambda: Capped("sb"), "selector='sb'"), (lambda: Capped(GradNorm()), "without weights"),
-    (lambda: InfoBatch(1), "r=1"), (lambda: InfoBatch(-1), "r=-1"), (lambda: OrderedPool(2), "pool=2"),
-    (lambda: GradNorm(1), "presample=1"), (lambda: GradNorm(3, tau=-1), "tau=-1"), (lambda: ReducibleLoss(torch.tensor([])), "irreducible"),
-    (lambda: ReducibleLoss(torch.tensor([float("nan")])), "irreducible"),
-], ids=lambda o: o if isinstance(o, str) else "")
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: TopK(0), "keep=0"),
+        (lambda: TopK(1.5), "keep=1.5"),
+        (lambda: Random("x"), "keep='x'"),
+        (lambda: Hybrid(1, 2), "mix=2"),
+        (lambda: Threshold(None), "loss=None"),
+        (lambda: LossShare(-0.1), "min_loss_perc=-0.1"),
+        (lambda: LossShare(0.9, 3), "min_samples_perc=3"),
+        (lambda: Capped(Percentile(), 0), "max_percentile=0"),
+        (lambda: Capped("sb"), "selector='sb'"),
+        (lambda: Capped(GradNorm()), "without weights"),
+        (lambda: InfoBatch(1), "r=1"),
+        (lambda: InfoBatch(-1), "r=-1"),
+        (lambda: OrderedPool(2), "pool=2"),
+        (lambda: GradNorm(1), "presample=1"),
+        (lambda: GradNorm(3, tau=-1), "tau=-1"),
+        (lambda: ReducibleLoss(torch.tensor([])), "irreducible"),
+        (lambda: ReducibleLoss(torch.tensor([float("nan")])), "irreducible"),
+    ],
+    ids=lambda o: o if isinstance(o, str) else "",
+)
 def test_wrong_arguments(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        make()
+
+
+# of equals, who is drawn ----------------------------------------------------
+ranking = {
+    "TopK": lambda i: TopK(0.3, seed=i),
+    "LowK": lambda i: LowK(0.3, seed=i),
+    "Uncertainty": lambda i: Uncertainty(0.3, seed=i),
+    "LossShare": lambda i: LossShare(0.3, seed=i),
+    "DoubtShare": lambda i: DoubtShare(0.3, seed=i),
+    "InfoBatch": lambda i: InfoBatch(0.7, seed=i),
+    "OrderedPool": lambda i: OrderedPool(0.6, 0.3, seed=i),
+    "ReducibleLoss": lambda i: ReducibleLoss(torch.zeros(20), 0.3, seed=i),
+    "Capped": lambda i: Capped(TopK(0.3, seed=i), 0.9),
+    "Capped(OrderedPool)": lambda i: Capped(OrderedPool(0.6, 0.3, seed=i), 0.9),
+}
+
+
+@pytest.mark.parametrize("way", ["host", "device"])
+@pytest.mark.parametrize("name", ranking)
+def test_equals_have_equal_chances(name, way, no_host):
+    "Equal losses between two higher ones: each is kept equally often, over seeds and over the draws of one selector"
+    if way == "device":
+        no_host()
+    losses, n = torch.tensor([2.0] + [1.0] * 18 + [2.0]), 1500
+    one = ranking[name](0)
+    for make in (ranking[name], lambda i: one):
+        hits = torch.zeros(20)
+        for i in range(n):
+            h = history_of(torch.full((50,), 5.0))
+            hits[make(i).select(losses, h, items=torch.arange(20)).idx] += 1
+        p = hits[1:19].mean() / n
+        assert 0.05 < p < 0.95
+        assert ((hits[1:19] / n - p).abs() < 4.5 * (p * (1 - p) / n) ** 0.5).all()
+
+
+def test_nothing_is_drawn_without_ties():
+    "On the CPU, so that choices without equals are those of before"
+    losses = torch.rand(100)
+    for sel in (
+        TopK(0.3),
+        LowK(0.3),
+        Uncertainty(0.3),
+        LossShare(0.3),
+        DoubtShare(0.3),
+        ReducibleLoss(torch.zeros(100), 0.3),
+        Capped(TopK(0.3), 0.9),
+    ):
+        sel.select(losses, history_of(losses), items=torch.arange(100))
+        assert sel.state_dict()["draws"] == {}
+
+
+def test_a_pool_always_keeps_what_is_infinite():
+    for bad_one in (math.inf, -math.inf, math.nan):
+        l = torch.tensor([1.0, 2, 3, bad_one, 5, 6, 7, 8])
+        assert all(3 in OrderedPool(0.75, 0.5, seed=s).select(l).idx.tolist() for s in range(200))
+
+
+def test_a_capped_pool_is_a_pool():
+    "Not always the same ones, and nobody above the cap"
+    losses = torch.arange(100.0)
+    seen = [Capped(OrderedPool(0.5, 0.2, seed=s), 0.8).select(losses, history_of(losses)).idx for s in range(50)]
+    assert len({tuple(i.tolist()) for i in seen}) > 40 and max(i.max() for i in seen) <= 80
+
+
+# losses below 0 ----------------------------------------------------
+def test_losses_below_0_are_counted_from_the_lowest():
+    losses = torch.linspace(-3, -1, 101)  # evenly spread: 90 % of what lies above the lowest is held by the upper 68
+    n = len(LossShare(0.9).select(losses).idx)
+    assert n == len(LossShare(0.9).select(losses + 3).idx) and 65 < n < 72
+    assert torch.equal(LossShare(0.5).select(losses * 7 - 100).idx, LossShare(0.5).select(losses).idx)
+
+
+# doubt ----------------------------------------------------
+def my_loss(pred, y, reduction="mean"):
+    return nn.functional.cross_entropy(pred, y, reduction=reduction)
+
+
+@pytest.mark.parametrize("make", [lambda **k: Uncertainty(0.5, **k), lambda **k: DoubtShare(0.5, **k)])
+def test_doubt_never_falls_back_to_the_loss(make):
+    pred, y = example()
+    ce = nn.CrossEntropyLoss()
+    losses = per_item_loss(ce, pred, y)
+    for lf in (my_loss, nn.MSELoss(), nn.GaussianNLLLoss()):
+        with pytest.raises(ValueError, match="not known as a loss over classes.*like="):
+            make().check(lf)
+        make(like=ce).check(lf)
+    for kw, words in (
+        (dict(loss_func=ce, pred=(pred, pred), yb=(y,)), "gives a tuple"),
+        (dict(loss_func=my_loss, pred=pred, yb=(y,)), "not known"),
+        (dict(loss_func=ce, pred=None, yb=(y,)), "come without predictions"),
+        (dict(loss_func=ce, pred=pred[:5], yb=(y,)), "do not fit"),
+        (dict(loss_func=ce, pred=pred[:, :1], yb=(y,)), "one column"),
+        (dict(loss_func=ce, pred=pred[:5]), "5 predictions for 24 losses"),
+    ):
+        for call in (make().measure, make().select):
+            with pytest.raises(ValueError, match=words):
+                call(losses, **kw)
+    want = make().select(losses, loss_func=ce, pred=pred, yb=(y,)).idx
+    for t in (y, {"label": y}, (["a"] * 24, y.float())):  # the targets of one's own loss may be anything
+        assert torch.equal(make(like=ce).select(losses, loss_func=my_loss, pred=pred, yb=(t,)).idx, want)
+    doubt = make().measure(losses, loss_func=ce, pred=pred, yb=(y,))
+    assert torch.equal(make().measure(doubt), doubt) and torch.equal(make().select(doubt).idx, want)  # remembered
+
+
+def test_rows_without_a_target_win_no_places():
+    "Though the model is most in doubt about them; and they are remembered as in no doubt at all"
+    pred, y = example(B=40)
+    pred[::2] = 0.0
+    y[::2] = -100
+    ce = nn.CrossEntropyLoss()
+    losses = per_item_loss(ce, pred, y)
+    doubt = Uncertainty().measure(losses, loss_func=ce, pred=pred, yb=(y,))
+    assert (doubt[::2] == 0).all() and (doubt[1::2] > 0).all()
+    assert Uncertainty(0.5).select(doubt).idx.tolist() == list(range(1, 40, 2))
+    assert set(DoubtShare(0.99).select(losses, loss_func=ce, pred=pred, yb=(y,)).idx.tolist()) <= set(range(1, 40, 2))
+
+
+# states ----------------------------------------------------
+stateful = {
+    "Percentile": lambda: Percentile(1),
+    "Random": lambda: Random(0.4),
+    "Hybrid": lambda: Hybrid(1),
+    "Absolute": lambda: Absolute(),
+    "Threshold": lambda: Threshold(0.5),
+    "TopK": lambda: TopK(0.3),
+    "LowK": lambda: LowK(0.3),
+    "LossShare": lambda: LossShare(0.9),
+    "LossShare, scheduled": lambda: LossShare(SchedCos(1, 0.3)),
+    "Capped": lambda: Capped(Percentile(1)),
+    "Capped, scheduled": lambda: Capped(LossShare(SchedCos(1, 0.3))),
+    "GradNorm": lambda: GradNorm(2, tau=0),
+    "ReducibleLoss": lambda: ReducibleLoss(torch.zeros(24), 0.3),
+    "Uncertainty": lambda: Uncertainty(0.3),
+    "DoubtShare": lambda: DoubtShare(0.7),
+    "InfoBatch": lambda: InfoBatch(),
+    "OrderedPool": lambda: OrderedPool(),
+}
+
+
+def run_on(sel, steps=3, seed=0):
+    "What it chooses from batches with many equals, while a fit goes on"
+    ce, out = nn.CrossEntropyLoss(), []
+    for i in range(steps):
+        pred, y = example(seed=seed + i)
+        pred = pred.round()
+        losses = per_item_loss(ce, pred, y).mul(2).round()
+        sel.at(0.1 * i + 0.01 * seed)
+        sel.observe(losses, loss_func=ce, pred=pred, yb=(y,))
+        out.append(sel.select(losses, history_of(losses), loss_func=ce, pred=pred, yb=(y,), items=torch.arange(24)).idx)
+    return out, sel.active
+
+
+@pytest.mark.parametrize("name", stateful)
+def test_a_selector_goes_on_as_if_nothing_had_been_between(name, tmp_path):
+    sel = stateful[name]()
+    run_on(sel)
+    torch.save(sel.state_dict(), tmp_path / "s.pth")
+    state = torch.load(tmp_path / "s.pth", weights_only=True)
+    new, copied = stateful[name](), pickle.loads(pickle.dumps(sel))
+    new.load_state_dict(state)
+    assert same_state(new.state_dict(), state) and new.active == sel.active
+    if hasattr(sel, "gain"):
+        assert float(new.gain) == float(sel.gain)
+    want = run_on(sel, seed=5)
+    for other in (new, copied):
+        got = run_on(other, seed=5)
+        assert got[1] == want[1] and all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
+
+
+def same_state(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", stateful)
+def test_wrong_states_change_nothing(name):
+    sel = stateful[name]()
+    run_on(sel)
+    before = sel.state_dict()
+    other = stateful["TopK" if name != "TopK" else "Percentile"]()
+    wrong = [
+        other.state_dict(),
+        None,
+        {},
+        {**before, "draws": {"cpu": torch.zeros(5056, dtype=torch.uint8)[:9]}},
+        {**before, "draws": {"cpu": "abc"}},
+        {**before, "draws": None},
+        {**before, "draws": {"cuda": torch.zeros(15, dtype=torch.uint8)}},
+        {**before, "more": 1},
+    ]
+    wrong += [{k: v for k, v in before.items() if k != missing} for missing in before]
+    for key, bad_ones in (
+        ("gain", (-1.0, "much", math.nan)),
+        ("min_loss_perc", (2.0, None)),
+        ("selector", (None, other.state_dict())),
+    ):
+        wrong += [{**before, key: v} for v in bad_ones if key in before]
+    for state in wrong:
+        with pytest.raises(ValueError):
+            sel.load_state_dict(state)
+        assert same_state(sel.state_dict(), before)
+
+
+def test_the_message_names_what_differs():
+    with pytest.raises(ValueError, match=r"of a Percentile, this is TopK\(keep=0.5\)"):
+        TopK().load_state_dict(Percentile(1).state_dict())
+    with pytest.raises(ValueError, match=r"differ in \['min_loss_perc'\]"):
+        LossShare(SchedCos(1, 0.3)).load_state_dict(LossShare(0.9).state_dict())
+    with pytest.raises(ValueError, match=r"7 bytes for 'cpu', where a generator has \d+"):
+        TopK().load_state_dict({"kind": "TopK", "draws": {"cpu": torch.zeros(7, dtype=torch.uint8)}})
+
+
+def test_draws_saved_elsewhere_go_on_repeatably():
+    "A state of a GPU's generator (16 bytes) on a CPU: new numbers, the same each time, and others for another state"
+    there = lambda i: {"kind": "TopK", "draws": {"cuda": torch.full((16,), i, dtype=torch.uint8)}}
+    draws = []
+    for i in (1, 1, 2):
+        sel = TopK(seed=0)
+        sel.load_state_dict(there(i))
+        draws.append(sel.uniform(8, "cpu"))
+    assert (
+        torch.equal(draws[0], draws[1])
+        and not torch.equal(draws[0], draws[2])
+        and not torch.equal(draws[0], TopK(seed=0).uniform(8, "cpu"))
+    )
+    assert sel.state_dict()["draws"].keys() == {"cpu", "cuda"}  # what was saved there is still there
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: DoubtShare(0), "share=0"),
+        (lambda: DoubtShare(1.1), "share=1.1"),
+        (lambda: DoubtShare(0.9, 0.5, 0.2), "floor=0.5 must be at most ceiling=0.2"),
+        (lambda: DoubtShare(0.9, floor=-1), "floor=-1"),
+        (lambda: DoubtShare(0.9, ceiling=0), "ceiling=0"),
+        (lambda: DoubtShare(like=nn.MSELoss()), "like=MSELoss"),
+        (lambda: TopK(seed=0.5), "seed=0.5"),
+        (lambda: DoubtShare("x"), "share='x'"),
+    ],
+)
+def test_wrong_arguments_of_the_new_ones(make, words):
     with pytest.raises((ValueError, TypeError), match=words):
         make()
