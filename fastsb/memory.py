@@ -62,7 +62,7 @@ def _values(
     if len(v) != n: raise ValueError(f"There are {n} items, but {len(v)} {name}.")
     return v
 
-# %% ../nbs/06_memory.ipynb #666fa07e
+# %% ../nbs/06_memory.ipynb #e97f2a0a
 class ItemMemory:
     """Loss and doubt of each item of a data set, as moving averages, with their age and how often it was trained.
 
@@ -208,7 +208,7 @@ class ItemMemory:
     def percentile(self,
         losses:Tensor, # (B,) losses of any float dtype
     ) -> Tensor: # (B,) float32 in [0,1]
-        """Share of all items seen whose loss lies strictly below each of `losses`; 1 where one is NaN, or none was seen.
+        """Share of all items seen whose loss lies strictly below each of `losses`; 1 for NaN, or if none was seen.
 
         Exact up to `exact_up_to` items. Beyond, it is the share in lower bins, each 1/2048 wide in proportion to its
         numbers: never too high, and too low by less than what one bin holds, see `error`. Sorting or counting is done

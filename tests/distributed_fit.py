@@ -1,4 +1,5 @@
-"Run by torchrun in several processes: fastai fits with selection must take the same steps in all of them, and end with the same weights."
+"Run by torchrun: fastai fits with selection take the same steps in all processes, and end with the same weights."
+
 import gc
 import sys
 
@@ -37,11 +38,15 @@ def selecting(**kwargs):
 
 
 epochs = 8
-fits = { # how it is chosen, items, drop_last, the least and the most that is trained on in epochs that select, forward passes to score
-    "default": (selecting(), 640, True, 0.48, 0.7, 0), "default, uneven": (selecting(), 650, False, 0.48, 0.7, 0),
-    "default, few items": (selecting(), 97, False, 0.4, 0.7, 0), "percentile": (selecting(beta=1), 650, False, 0.35, 0.8, 0),
+# how it is chosen, items, drop_last, least and most share that is trained on where it selects, forward passes to score
+fits = {
+    "default": (selecting(), 640, True, 0.48, 0.7, 0),
+    "default, uneven": (selecting(), 650, False, 0.48, 0.7, 0),
+    "default, few items": (selecting(), 97, False, 0.4, 0.7, 0),
+    "percentile": (selecting(beta=1), 650, False, 0.35, 0.8, 0),
     "topk": (selecting(selector=TopK(0.3), score="cached"), 650, False, 0.28, 0.8, 0),
-    "hardly any": (selecting(selector=TopK(0.001)), 97, False, 0.0, 1.0, 0), "infobatch": (lambda learn: learn.infobatch(), 650, False, 0.5, 0.9, 0),
+    "hardly any": (selecting(selector=TopK(0.001)), 97, False, 0.0, 1.0, 0),
+    "infobatch": (lambda learn: learn.infobatch(), 650, False, 0.5, 0.9, 0),
 }
 
 
@@ -56,17 +61,29 @@ def run(name):
 
 def check(name, learn, spy, drop_last, least, most, fp):
     last = spy.batches[-1][0][0].tolist()
-    assert same_everywhere(torch.cat([p.detach().flatten() for p in learn.model.parameters()]).tolist()), f"{name}: the processes went apart"
-    assert same_everywhere([len(y[0]) for _, y in spy.batches]) and same_everywhere(spy.steps), f"{name}: not the same batches"
-    assert len(set(map(str, gathered(last)))) == dist.get_world_size(), f"{name}: the processes trained on the same examples"
+    assert same_everywhere(torch.cat([p.detach().flatten() for p in learn.model.parameters()]).tolist()), (
+        f"{name}: the processes went apart"
+    )
+    assert same_everywhere([len(y[0]) for _, y in spy.batches]) and same_everywhere(spy.steps), (
+        f"{name}: not the same batches"
+    )
+    assert len(set(map(str, gathered(last)))) == dist.get_world_size(), (
+        f"{name}: the processes trained on the same examples"
+    )
     assert min(len(y[0]) for _, y in spy.batches) > 1, f"{name}: a batch of one row"
     log, sampler = learn.sb.log, learn.sb.sampler
     selected = [s for s in log.selected if s < 1]
-    assert log.selected[0] == log.selected[epochs - 1] == 1 and len(selected) >= 3 and all(least <= s <= most for s in selected), log
+    assert (
+        log.selected[0] == log.selected[epochs - 1] == 1
+        and len(selected) >= 3
+        and all(least <= s <= most for s in selected)
+    ), log
     assert learn.sb.counts["fp"] == fp and log.candidates.nunique() == 1, log
     assert spy.pcts == sorted(spy.pcts) and abs(spy.pcts[-1] - 1) < 0.2
     sampler.memory.share()
-    assert same_everywhere(sampler.memory.losses().nan_to_num(-1).tolist()) and same_everywhere(sampler.memory.times().tolist())
+    assert same_everywhere(sampler.memory.losses().nan_to_num(-1).tolist()) and same_everywhere(
+        sampler.memory.times().tolist()
+    )
     assert drop_last or not sampler.memory.losses().isnan().any(), f"{name}: items that nobody has seen"
 
 
@@ -75,5 +92,5 @@ if __name__ == "__main__":
         run(name)
     print(f"rank {dist.get_rank()} fine", flush=True)
     dist.barrier()
-    gc.collect()  # models in DDP hold on to the process group; at the interpreter's end that is "terminate called", exit -6
+    gc.collect()  # DDP holds on to the process group; if the interpreter takes it down, that may be exit -6
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
 "Run by torchrun in several processes: plain loops with a SelectiveSampler, each checked against a reference in NumPy."
+
 import datetime
 import gc
 import math
@@ -71,9 +72,13 @@ def doubt_of(pred):
     return -(p * p.log()).sum(1)
 
 
-cases = { # selector, items, rows of a batch, how many are chosen of those known; None: it is drawn
-    "default": (lambda: Uncertainty(0.5), 97, 9, 0.5), "uneven": (lambda: TopK(0.3), 97, 10, 0.3), "few": (lambda: TopK(0.001), 97, 9, 0.001),
-    "even": (lambda: TopK(0.5), 96, 8, 0.5), "small": (lambda: TopK(0.5), 7, 4, 0.5), "percentile": (lambda: Percentile(seed=1), 97, 9, None),
+cases = {  # selector, items, rows of a batch, how many are chosen of those known; None: it is drawn
+    "default": (lambda: Uncertainty(0.5), 97, 9, 0.5),
+    "uneven": (lambda: TopK(0.3), 97, 10, 0.3),
+    "few": (lambda: TopK(0.001), 97, 9, 0.001),
+    "even": (lambda: TopK(0.5), 96, 8, 0.5),
+    "small": (lambda: TopK(0.5), 7, 4, 0.5),
+    "percentile": (lambda: Percentile(seed=1), 97, 9, None),
     "infobatch": (lambda: InfoBatch(seed=1), 97, 9, None),
 }
 
@@ -88,6 +93,7 @@ def run(name, accelerate=False):
     dl, opt = DataLoader(WithItems(ds), bs, sampler=s), torch.optim.SGD(model.parameters(), 0.1)
     if accelerate:
         from accelerate import Accelerator
+
         acc = Accelerator(cpu=True)
         model, opt, dl = acc.prepare(model, opt, dl)
         backward = acc.backward
@@ -144,7 +150,11 @@ def run(name, accelerate=False):
 
 def resume():
     "What the first process saves is enough for all"
-    n, losses, make = 97, torch.rand(97, generator=torch.Generator().manual_seed(0)), lambda: SelectiveSampler(97, TopK(0.4), start=1, end=None, bs=8)
+    n, losses, make = (
+        97,
+        torch.rand(97, generator=torch.Generator().manual_seed(0)),
+        lambda: SelectiveSampler(97, TopK(0.4), start=1, end=None, bs=8),
+    )
     s = make()
     for _ in range(3):
         for items in DataLoader(range(n), 8, sampler=s):
@@ -158,7 +168,11 @@ def resume():
 
 def dies():
     "The last process is killed in the second epoch; the others wait for it in vain"
-    ds, s, model = data(64), SelectiveSampler(64, TopK(0.5), start=1, end=None, bs=8), DistributedDataParallel(a_model())
+    ds, s, model = (
+        data(64),
+        SelectiveSampler(64, TopK(0.5), start=1, end=None, bs=8),
+        DistributedDataParallel(a_model()),
+    )
     for epoch in range(3):
         for xb, yb, items in DataLoader(WithItems(ds), 8, sampler=s):
             losses = nn.CrossEntropyLoss(reduction="none")(model(xb), yb)
@@ -182,5 +196,5 @@ if __name__ == "__main__":
         resume()
     print(f"rank {dist.get_rank()} fine", flush=True)
     dist.barrier()
-    gc.collect()  # models in DDP hold on to the process group; at the interpreter's end that is "terminate called", exit -6
+    gc.collect()  # DDP holds on to the process group; if the interpreter takes it down, that may be exit -6
     dist.destroy_process_group()

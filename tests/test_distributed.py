@@ -1,4 +1,5 @@
 "Several processes that train together."
+
 import os
 import re
 import signal
@@ -13,10 +14,21 @@ here = Path(__file__).parent
 
 def launch(n, script, *args, timeout=300):
     "Run `script` by torchrun in `n` processes: (exit code, what it has printed). None of them is left over"
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(here / script), *args]
+    cmd = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(n),
+        str(here / script),
+        *args,
+    ]
     paths = os.pathsep.join([str(here), str(here.parent)])
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true", PYTHONPATH=paths)
-    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=here, start_new_session=True)
+    p = subprocess.Popen(
+        cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=here, start_new_session=True
+    )
     try:
         out, _ = p.communicate(timeout=timeout)
     finally:

@@ -1,4 +1,5 @@
-"The sampler in other people's training loops: at half load the right items are trained once, and no forward pass is made but training's."
+"The sampler in other people's training loops: the right items are trained once, without a forward pass to choose them."
+
 import math
 
 import numpy as np
@@ -148,7 +149,9 @@ def test_lightning(tmp_path):
 
     module = Module()
     settings = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", use_distributed_sampler=False, default_root_dir=tmp_path, **settings)
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", use_distributed_sampler=False, default_root_dir=tmp_path, **settings
+    )
     trainer.fit(module)
     steps = module.watched.check()
     assert trainer.global_step == steps and abs(module.opt.param_groups[0]["lr"]) < 1e-12
@@ -172,7 +175,9 @@ class Sentences(torch.utils.data.Dataset):
 def test_hugging_face(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
     model = transformers.BertForSequenceClassification(config)
     watched = Watched(model)
 
@@ -191,8 +196,17 @@ def test_hugging_face(tmp_path):
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, falling(watched))
             return self.lr_scheduler
 
-    settings = dict(remove_unused_columns=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True)
-    args = transformers.TrainingArguments(str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=bs, **settings)
+    settings = dict(
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    args = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=bs, **settings
+    )
     trainer = Trainer(model, args, train_dataset=WithItems(Sentences()))
     trainer.train()
     steps = watched.check()

@@ -1,4 +1,5 @@
 "Memory and sampler against models of them made of dicts, for whatever happens to them."
+
 import math
 
 import numpy as np
@@ -60,6 +61,7 @@ class Model:
             known = i in self.of and self.of[i][which] is not None
             recent = known and (max_age is None or epoch - self.of[i][2] <= max_age)
             return self.of[i][which] if recent else np.nan
+
         return np.array([value(i) for i in range(n)], np.float32)
 
 
@@ -100,12 +102,23 @@ def test_what_is_refused_changes_nothing(case, data):
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in memory.state_dict().items()}
     wrong = data.draw(st.sampled_from(["high", "low", "losses", "doubt", "epoch", "kind"]))
     kw = dict(items=[0], losses=[1.0], doubt=[1.0], epoch=3)
-    kw.update({"high": dict(items=[n]), "low": dict(items=[-1]), "losses": dict(losses=[1.0, 2.0]), "doubt": dict(doubt=[]), "epoch": dict(epoch=-1),
-               "kind": dict(items=[0.5])}[wrong])
+    kw.update(
+        {
+            "high": dict(items=[n]),
+            "low": dict(items=[-1]),
+            "losses": dict(losses=[1.0, 2.0]),
+            "doubt": dict(doubt=[]),
+            "epoch": dict(epoch=-1),
+            "kind": dict(items=[0.5]),
+        }[wrong]
+    )
     with pytest.raises((ValueError, TypeError)):
         memory.update(**kw)
     after = memory.state_dict()
-    assert all(torch.equal(v.nan_to_num(-1), after[k].nan_to_num(-1)) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
+    assert all(
+        torch.equal(v.nan_to_num(-1), after[k].nan_to_num(-1)) if isinstance(v, torch.Tensor) else v == after[k]
+        for k, v in before.items()
+    )
 
 
 @often
@@ -120,7 +133,12 @@ def test_the_choice_is_the_highest_and_the_unknown(case, keep, max_age, chunk):
     k = max(1, math.floor(keep * len(known) + 0.5)) if len(known) else 0
     idx, p, w = choose(memory, TopK(keep), now + 1, max_age=max_age, chunk=chunk)
     chosen = set(idx.tolist())
-    assert idx.tolist() == sorted(chosen) and chosen >= set(range(n)) - set(known) and len(chosen) == n - len(known) + k and w is None
+    assert (
+        idx.tolist() == sorted(chosen)
+        and chosen >= set(range(n)) - set(known)
+        and len(chosen) == n - len(known) + k
+        and w is None
+    )
     if 0 < k < len(known):
         assert min(l[i] for i in known if i in chosen) >= max(l[i] for i in known if i not in chosen)
 
@@ -133,16 +151,31 @@ def test_no_small_rest(n, bs):
     assert k <= bs or k % bs == 0 or k % bs >= bs / 2 and k % bs > 1
 
 
-happenings = st.lists(st.sampled_from(["pass", "broken", "len", "look", "log", "save", "told"]), min_size=1, max_size=14)
+happenings = st.lists(
+    st.sampled_from(["pass", "broken", "len", "look", "log", "save", "told"]), min_size=1, max_size=14
+)
 
 
 @often
-@given(st.integers(2, 30), st.integers(2, 8), st.floats(0.05, 1), st.integers(1, 3), st.integers(1, 3), happenings, st.integers(0, 9))
+@given(
+    st.integers(2, 30),
+    st.integers(2, 8),
+    st.floats(0.05, 1),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    happenings,
+    st.integers(0, 9),
+)
 def test_whatever_is_done_with_a_sampler(n, bs, keep, max_age, ways, happenings, seed):
-    "Passes, broken ones, looks, `len` and states in any order: the counts add up, and each pass is made of what a dict would choose"
+    "Passes, broken ones, looks, `len` and states in any order: each pass is of what a dict would choose, counts add up"
 
     def make():
-        return [SelectiveSampler(n, TopK(keep), start=1, end=None, bs=bs, max_age=max_age, seed=seed, num_replicas=ways, rank=r) for r in range(ways)]
+        return [
+            SelectiveSampler(
+                n, TopK(keep), start=1, end=None, bs=bs, max_age=max_age, seed=seed, num_replicas=ways, rank=r
+            )
+            for r in range(ways)
+        ]
 
     each, samplers, g = -(-n // ways), make(), torch.Generator().manual_seed(seed)
     last, epoch, trained, open_ = {}, 0, [0] * ways, False
@@ -185,5 +218,7 @@ def test_whatever_is_done_with_a_sampler(n, bs, keep, max_age, ways, happenings,
                 epoch += 1
     for s, count in zip(samplers, trained):
         if not open_:
-            assert s.record.counts["bp"] == sum(r["bp"] for r in s.log) == count and all(r["candidates"] <= each for r in s.log)
+            assert s.record.counts["bp"] == sum(r["bp"] for r in s.log) == count and all(
+                r["candidates"] <= each for r in s.log
+            )
         assert int(s.memory.times().sum()) == count

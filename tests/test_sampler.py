@@ -1,4 +1,5 @@
 "Which items an epoch loads: the choice by what is remembered, and the sampler for any PyTorch loader."
+
 import math
 import pickle
 import random
@@ -13,8 +14,25 @@ from torch.utils.data import DataLoader
 
 from fastsb.memory import ItemMemory
 from fastsb.sampler import SelectiveSampler, WithItems, choose
-from fastsb.select import (Absolute, Capped, GradNorm, Hybrid, InfoBatch, LossShare, LowK, OrderedPool, Percentile, Random,
-                           ReducibleLoss, Selection, Selector, Threshold, TopK, Uncertainty, bernoulli)
+from fastsb.select import (
+    Absolute,
+    Capped,
+    GradNorm,
+    Hybrid,
+    InfoBatch,
+    LossShare,
+    LowK,
+    OrderedPool,
+    Percentile,
+    Random,
+    ReducibleLoss,
+    Selection,
+    Selector,
+    Threshold,
+    TopK,
+    Uncertainty,
+    bernoulli,
+)
 
 
 def some_memory(n=1000, unseen=100, kind="exact"):
@@ -26,15 +44,27 @@ def some_memory(n=1000, unseen=100, kind="exact"):
 
 
 @of_kind
-@pytest.mark.parametrize("make", [lambda: Percentile(1, seed=5), lambda: Percentile(3, seed=5), lambda: Hybrid(2, 0.3, seed=5), lambda: Random(0.2, seed=5),
-                                  lambda: Capped(Percentile(1, seed=5), 0.8)], ids=["p1", "p3", "hybrid", "random", "capped"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Percentile(1, seed=5),
+        lambda: Percentile(3, seed=5),
+        lambda: Hybrid(2, 0.3, seed=5),
+        lambda: Random(0.2, seed=5),
+        lambda: Capped(Percentile(1, seed=5), 0.8),
+    ],
+    ids=["p1", "p3", "hybrid", "random", "capped"],
+)
 def test_choice_does_not_depend_on_the_chunks(make, kind):
     "It is what `select` gives with the same draws for the known ones; unknown items are always there; no global random state moves"
     memory, states = some_memory(kind=kind), (torch.get_rng_state(), random.getstate())
     l = memory.losses(epoch=5, max_age=3)
     known = l.isfinite().nonzero().flatten()
     s = make().select(l[known], memory)
-    want_p, want = torch.ones(1000).scatter(0, known, s.p), torch.cat([known[s.idx], l.isnan().nonzero().flatten()]).sort().values
+    want_p, want = (
+        torch.ones(1000).scatter(0, known, s.p),
+        torch.cat([known[s.idx], l.isnan().nonzero().flatten()]).sort().values,
+    )
     assert 0 < len(s.idx) < len(known) < 1000
     for chunk in (1, 17, 1000, 2**18):
         idx, p, w = choose(memory, make(), 5, max_age=3, chunk=chunk)
@@ -54,7 +84,11 @@ def test_choice_among_some():
     l = memory.losses(items)
     idx, *_ = choose(memory, Percentile(1, seed=1), 0, items=items, chunk=50)
     share = torch.where(l.isnan(), 1.0, memory.percentile(l)).mean()
-    assert abs(len(idx) / 300 - share) < 0.1 and set(idx.tolist()) <= set(items.tolist()) and idx.tolist() == sorted(idx.tolist())
+    assert (
+        abs(len(idx) / 300 - share) < 0.1
+        and set(idx.tolist()) <= set(items.tolist())
+        and idx.tolist() == sorted(idx.tolist())
+    )
     known = (~l.isnan()).nonzero().flatten()
     k = math.floor(0.25 * len(known) + 0.5)
     want = torch.cat([items[known][l[known].topk(k).indices], items[l.isnan()]]).sort().values
@@ -71,7 +105,11 @@ def test_choice_of_fixed_numbers_and_by_item():
     for make in (lambda: LossShare(0.7), lambda: InfoBatch(seed=1)):
         idx, p, w = choose(memory, make(), 9, chunk=7)
         want = make().select(l, memory)
-        assert torch.equal(idx, want.idx) and torch.equal(p, want.p[idx]) and (w is None if want.w is None else torch.equal(w, want.w))
+        assert (
+            torch.equal(idx, want.idx)
+            and torch.equal(p, want.p[idx])
+            and (w is None if want.w is None else torch.equal(w, want.w))
+        )
     assert choose(memory, Threshold(1.0), 9, chunk=10)[0].tolist() == (l > 1).nonzero().flatten().tolist()
     low = torch.rand(1000)
     assert torch.equal(choose(memory, ReducibleLoss(low, 0.1), 9)[0], (l - low).topk(100).indices.sort().values)
@@ -82,6 +120,7 @@ def test_choice_of_fixed_numbers_and_by_item():
 
 class Weighing(Selector):
     "Halves at random, and weighs each by its item's number"
+
     weighted, keep = True, 0.5
 
     def select(self, losses, history=None, u=None, items=None, **context):
@@ -122,14 +161,19 @@ def test_a_fixed_number_of_items_is_any_of_them():
     assert np.abs(share - expect).max() < 5 * (expect * (1 - expect) / 4000) ** 0.5
 
 
-@pytest.mark.parametrize("call, error, says", [
-    (lambda: choose("c", Percentile(), 0), TypeError, "memory='c'"), (lambda: choose(ItemMemory(3), 1, 0), TypeError, "selector=1"),
-    (lambda: choose(ItemMemory(3), Percentile(), "a"), TypeError, "epoch='a'"), (lambda: choose(ItemMemory(3), Percentile(), 0, chunk=0), ValueError, "chunk=0"),
-    (lambda: choose(ItemMemory(3), Percentile(), 0, items=[5]), ValueError, "items holds 5"),
-    (lambda: choose(ItemMemory(3), Absolute(), 0), ValueError, "looks at predictions"),
-    (lambda: choose(ItemMemory(3), GradNorm(), 0), ValueError, "score='model'"),
-    (lambda: choose(ItemMemory(3), Capped(Absolute()), 0), ValueError, "looks at predictions"),
-])
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda: choose("c", Percentile(), 0), TypeError, "memory='c'"),
+        (lambda: choose(ItemMemory(3), 1, 0), TypeError, "selector=1"),
+        (lambda: choose(ItemMemory(3), Percentile(), "a"), TypeError, "epoch='a'"),
+        (lambda: choose(ItemMemory(3), Percentile(), 0, chunk=0), ValueError, "chunk=0"),
+        (lambda: choose(ItemMemory(3), Percentile(), 0, items=[5]), ValueError, "items holds 5"),
+        (lambda: choose(ItemMemory(3), Absolute(), 0), ValueError, "looks at predictions"),
+        (lambda: choose(ItemMemory(3), GradNorm(), 0), ValueError, "score='model'"),
+        (lambda: choose(ItemMemory(3), Capped(Absolute()), 0), ValueError, "looks at predictions"),
+    ],
+)
 def test_errors_name_the_argument(call, error, says):
     with pytest.raises(error, match=says):
         call()
@@ -194,7 +238,9 @@ def test_each_epoch_is_made_of_what_the_reference_says(way, start, end):
     rng = np.random.default_rng(1)
     for max_age, momentum in ((1, 0.0), (2, 0.5), (5, 0.75)):
         ref = Plain(n, epochs, start, end, max_age, momentum, chosen_of)
-        s = SelectiveSampler(n, make(), nn.CrossEntropyLoss(), epochs=epochs, start=start, end=end, max_age=max_age, momentum=momentum)
+        s = SelectiveSampler(
+            n, make(), nn.CrossEntropyLoss(), epochs=epochs, start=start, end=end, max_age=max_age, momentum=momentum
+        )
         for epoch in range(epochs):
             logits, y = rng.normal(size=(n, classes)).astype(np.float32) * 2, rng.integers(0, classes, n)
             want, got = ref.items(epoch), []
@@ -233,10 +279,19 @@ def flat(batches):
 
 
 every_selector = {
-    "percentile": lambda n: Percentile(1, seed=1), "exact": lambda n: Percentile(2, exact=True, seed=1), "random": lambda n: Random(0.4, seed=1),
-    "hybrid": lambda n: Hybrid(1, 0.5, seed=1), "threshold": lambda n: Threshold(0.5), "topk": lambda n: TopK(0.3), "lowk": lambda n: LowK(0.3),
-    "few": lambda n: TopK(0.001), "capped": lambda n: Capped(Percentile(1, seed=1), 0.8), "infobatch": lambda n: InfoBatch(0.5, seed=1),
-    "share": lambda n: LossShare(0.5), "pool": lambda n: OrderedPool(0.6, 0.3, seed=1), "rho": lambda n: ReducibleLoss(torch.rand(n), 0.3),
+    "percentile": lambda n: Percentile(1, seed=1),
+    "exact": lambda n: Percentile(2, exact=True, seed=1),
+    "random": lambda n: Random(0.4, seed=1),
+    "hybrid": lambda n: Hybrid(1, 0.5, seed=1),
+    "threshold": lambda n: Threshold(0.5),
+    "topk": lambda n: TopK(0.3),
+    "lowk": lambda n: LowK(0.3),
+    "few": lambda n: TopK(0.001),
+    "capped": lambda n: Capped(Percentile(1, seed=1), 0.8),
+    "infobatch": lambda n: InfoBatch(0.5, seed=1),
+    "share": lambda n: LossShare(0.5),
+    "pool": lambda n: OrderedPool(0.6, 0.3, seed=1),
+    "rho": lambda n: ReducibleLoss(torch.rand(n), 0.3),
     "like": lambda n: Uncertainty(0.4, like=nn.CrossEntropyLoss()),
 }
 
@@ -273,7 +328,7 @@ def test_weights_of_infobatch_are_the_reference():
     s = SelectiveSampler(n, InfoBatch(0.5, seed=1), start=1, end=None, momentum=0.0)
     loop(s, n, 1, losses=losses)
     order = list(s)
-    low = (losses.numpy() < losses.numpy().mean())
+    low = losses.numpy() < losses.numpy().mean()
     assert set(np.flatnonzero(~low)) <= set(order) and sum(low[order]) == low.sum() // 2
     assert s.weights(order).tolist() == [2.0 if low[i] else 1.0 for i in order]
 
@@ -317,7 +372,12 @@ def test_len_is_that_of_the_epoch(workers, told):
 
 def test_workers_make_no_difference():
     runs = []
-    for kw in ({}, dict(num_workers=2), dict(num_workers=2, persistent_workers=True), dict(num_workers=1, prefetch_factor=9)):
+    for kw in (
+        {},
+        dict(num_workers=2),
+        dict(num_workers=2, persistent_workers=True),
+        dict(num_workers=1, prefetch_factor=9),
+    ):
         s = SelectiveSampler(60, TopK(0.5), start=1, end=None, bs=8, seed=0)
         dl, seen, losses = DataLoader(WithItems(range(60)), 8, sampler=s, **kw), [], torch.linspace(0, 1, 60)
         for _ in range(3):
@@ -334,7 +394,9 @@ def test_workers_make_no_difference():
 def test_drop_last_and_unknown_batch_size(bs, drop_last):
     "With drop_last and an unknown batch size the end of an epoch is known when the next one begins"
     n = 60
-    s = SelectiveSampler(n, TopK(0.55), start=1, end=None, max_age=9, bs=bs, drop_last=drop_last and bs is not None, seed=0)
+    s = SelectiveSampler(
+        n, TopK(0.55), start=1, end=None, max_age=9, bs=bs, drop_last=drop_last and bs is not None, seed=0
+    )
     seen = loop(s, n, 3, drop_last=drop_last)
     s.set_epoch(3)
     sizes = [[len(b) for b in e] for e in seen]
@@ -355,7 +417,9 @@ def test_drop_last_still_has_a_batch():
 
 def test_the_order_is_new_each_epoch_and_the_same_with_the_same_seed():
     losses = torch.linspace(0, 1, 50)
-    a, b, c = (loop(SelectiveSampler(50, TopK(0.5), start=1, end=None, seed=k), 50, 3, losses=losses) for k in (0, 0, 1))
+    a, b, c = (
+        loop(SelectiveSampler(50, TopK(0.5), start=1, end=None, seed=k), 50, 3, losses=losses) for k in (0, 0, 1)
+    )
     assert a == b and a != c and sorted(flat(a[1])) == sorted(flat(a[2])) == list(range(25, 50)) and a[1] != a[2]
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -419,6 +483,7 @@ def test_progress_goes_from_none_to_all():
 
 class OfAGoal(Selector):
     "Is told the progress of the fit, and what the loss is"
+
     sure, keep, told, asked = True, 0.5, (), None
 
     def at(self, pct):
@@ -444,6 +509,7 @@ def test_selectors_are_told_what_they_want_to_know():
 
 class AsDict(torch.utils.data.Dataset):
     "As a Hugging Face data set: dicts, many at a time"
+
     asked = ()
 
     def __init__(self, n):
@@ -470,10 +536,14 @@ class Stream(torch.utils.data.IterableDataset):
 
 Pair = namedtuple("Pair", "a b")
 samples = {
-    "tuple": (lambda i: (i * 2, i), lambda s: (s[0], s[-1])), "list": (lambda i: [i * 2, i], lambda s: (s[0], s[-1])),
-    "triple": (lambda i: (i * 2, i, 5), lambda s: (s[0], s[-1])), "named": (lambda i: Pair(i * 2, i), lambda s: (s[0].a, s[1])),
-    "number": (lambda i: i * 2, lambda s: s), "tensor": (lambda i: torch.tensor([i * 2]), lambda s: (s[0][..., 0], s[1])),
-    "dict": (lambda i: {"a": i * 2}, lambda s: (s["a"], s["items"])), "mapping": (lambda i: UserDict(a=i * 2), lambda s: (s["a"], s["items"])),
+    "tuple": (lambda i: (i * 2, i), lambda s: (s[0], s[-1])),
+    "list": (lambda i: [i * 2, i], lambda s: (s[0], s[-1])),
+    "triple": (lambda i: (i * 2, i, 5), lambda s: (s[0], s[-1])),
+    "named": (lambda i: Pair(i * 2, i), lambda s: (s[0].a, s[1])),
+    "number": (lambda i: i * 2, lambda s: s),
+    "tensor": (lambda i: torch.tensor([i * 2]), lambda s: (s[0][..., 0], s[1])),
+    "dict": (lambda i: {"a": i * 2}, lambda s: (s["a"], s["items"])),
+    "mapping": (lambda i: UserDict(a=i * 2), lambda s: (s["a"], s["items"])),
 }
 
 
@@ -503,17 +573,28 @@ def test_data_sets_of_dicts_that_give_many_at_a_time():
 
 
 def state_of(s):
-    return s.memory.losses().nan_to_num(-1).tolist(), s.memory.times().tolist(), dict(s.record.counts), s._seen, len(s.record.log)
+    return (
+        s.memory.losses().nan_to_num(-1).tolist(),
+        s.memory.times().tolist(),
+        dict(s.record.counts),
+        s._seen,
+        len(s.record.log),
+    )
 
 
-@pytest.mark.parametrize("kw, error, says", [
-    (dict(items=[0, 1]), ValueError, "needs losses="), (dict(items=[0, 1], pred=torch.zeros(2, 3)), ValueError, "pred= and yb="),
-    (dict(items=[0, 1], yb=torch.zeros(2).long()), ValueError, "pred= and yb="), (dict(items=[0, 1], losses=[1.0, 2.0]), ValueError, "pass pred="),
-    (dict(items=[0, 1, 2], pred=torch.zeros(2, 3), yb=torch.zeros(2).long()), ValueError, "3 items, but 2 losses"),
-    (dict(items=[0, 10], pred=torch.zeros(2, 3), yb=torch.zeros(2).long()), ValueError, "items holds 10"),
-    (dict(items=[0.5], pred=torch.zeros(1, 3), yb=torch.zeros(1).long()), TypeError, "whole numbers"),
-    (dict(items=[0, 1], losses=[1, 2], pred=torch.zeros(2, 3), loss="x"), TypeError, "invalid data type 'str'"),
-])
+@pytest.mark.parametrize(
+    "kw, error, says",
+    [
+        (dict(items=[0, 1]), ValueError, "needs losses="),
+        (dict(items=[0, 1], pred=torch.zeros(2, 3)), ValueError, "pred= and yb="),
+        (dict(items=[0, 1], yb=torch.zeros(2).long()), ValueError, "pred= and yb="),
+        (dict(items=[0, 1], losses=[1.0, 2.0]), ValueError, "pass pred="),
+        (dict(items=[0, 1, 2], pred=torch.zeros(2, 3), yb=torch.zeros(2).long()), ValueError, "3 items, but 2 losses"),
+        (dict(items=[0, 10], pred=torch.zeros(2, 3), yb=torch.zeros(2).long()), ValueError, "items holds 10"),
+        (dict(items=[0.5], pred=torch.zeros(1, 3), yb=torch.zeros(1).long()), TypeError, "whole numbers"),
+        (dict(items=[0, 1], losses=[1, 2], pred=torch.zeros(2, 3), loss="x"), TypeError, "invalid data type 'str'"),
+    ],
+)
 def test_what_cannot_be_observed_changes_nothing(kw, error, says):
     s = SelectiveSampler(10, loss_func=nn.CrossEntropyLoss(), epochs=3)
     s.observe(torch.arange(10), pred=torch.randn(10, 3), yb=torch.zeros(10).long())
@@ -528,7 +609,9 @@ def test_observe_takes_what_a_loop_has():
     s = SelectiveSampler(4, TopK(0.5), epochs=3)
     s.observe([0, 1], [1, 2.5])
     s.observe(np.array([2]), torch.tensor([[3.0]], dtype=torch.bfloat16, requires_grad=True), loss=7.0)
-    assert s.memory.losses().nan_to_num(-1).tolist() == [1, 2.5, 3, -1] and s.record.counts == dict(candidates=3, fp=0, bp=3)
+    assert s.memory.losses().nan_to_num(-1).tolist() == [1, 2.5, 3, -1] and s.record.counts == dict(
+        candidates=3, fp=0, bp=3
+    )
     s.observe([3, 0], [5.0, 9.0], sure=[True, False])
     s.observe([1], [9.0], sure=False)
     assert s.memory.losses().tolist() == [1, 2.5, 3, 5] and s.memory.times().tolist() == [2, 2, 1, 1]
@@ -583,7 +666,9 @@ def test_state_goes_on_bit_for_bit(name):
         seen = []
         for epoch in range(s.epoch, k):
             for items in DataLoader(range(61), 5, sampler=s):
-                s.observe(items, losses[epoch][items], pred=torch.stack([losses[epoch][items], -losses[epoch][items]], 1))
+                s.observe(
+                    items, losses[epoch][items], pred=torch.stack([losses[epoch][items], -losses[epoch][items]], 1)
+                )
                 seen.append(items.tolist())
         return seen
 
@@ -600,15 +685,24 @@ def test_state_goes_on_bit_for_bit(name):
             assert first + go_on(b, 6) == want
             rows = [[{k: v for k, v in r.items() if not k.endswith("_s")} for r in s.log] for s in (whole, b)]
             assert str(rows[0]) == str(rows[1]) and whole.record.counts == b.record.counts
-            assert torch.equal(whole.memory.losses(), b.memory.losses()) and torch.equal(whole.memory.times(), b.memory.times())
+            assert torch.equal(whole.memory.losses(), b.memory.losses()) and torch.equal(
+                whole.memory.times(), b.memory.times()
+            )
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda s: s.pop("seed"), "lacks"), (lambda s: s.update(who="TopK(keep=0.1)"), "chooses by"), (lambda s: s.update(epoch=-1), "saved epoch"),
-    (lambda s: s.update(past=-1), "saved past"), (lambda s: s["memory"].update(n_items=9), "of 9 items"),
-    (lambda s: s["memory"].update(loss=torch.zeros(3)), "loss must be"), (lambda s: s["record"].pop("log"), "lacks"),
-    (lambda s: s["record"].update(counts=dict(candidates=1)), "counts="),
-])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda s: s.pop("seed"), "lacks"),
+        (lambda s: s.update(who="TopK(keep=0.1)"), "chooses by"),
+        (lambda s: s.update(epoch=-1), "saved epoch"),
+        (lambda s: s.update(past=-1), "saved past"),
+        (lambda s: s["memory"].update(n_items=9), "of 9 items"),
+        (lambda s: s["memory"].update(loss=torch.zeros(3)), "loss must be"),
+        (lambda s: s["record"].pop("log"), "lacks"),
+        (lambda s: s["record"].update(counts=dict(candidates=1)), "counts="),
+    ],
+)
 def test_a_spoilt_state_changes_nothing(spoil, says):
     s = SelectiveSampler(10, TopK(0.5), start=1, end=None, seed=0)
     loop(s, 10, 2)
@@ -625,7 +719,10 @@ def test_shares_of_several_processes(n, replicas, bs):
     "All the same number, together all that was chosen, at most so many twice as are needed"
     losses = torch.rand(n)
     for keep in (0.001, 0.3, 0.5, 1.0):
-        samplers = [SelectiveSampler(n, TopK(keep), start=1, end=None, bs=bs, seed=0, num_replicas=replicas, rank=r) for r in range(replicas)]
+        samplers = [
+            SelectiveSampler(n, TopK(keep), start=1, end=None, bs=bs, seed=0, num_replicas=replicas, rank=r)
+            for r in range(replicas)
+        ]
         for epoch in range(2):
             shares = [list(s) for s in samplers]
             each = len(shares[0])
