@@ -29,10 +29,10 @@ from .resume import load_plain, random_state, save_whole, set_random_state
 from .sampler import SelectiveSampler, check_remembering
 from .select import Percentile, Selector, TopK, Uncertainty
 
-# %% ../nbs/11_callback.ipynb #665ccb42
-# Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the highest fifth
-# of them would hold 52 % of the loss and the highest half 85 %, just above that price: where the highest fifth holds less than a
-# half, even the best half is hardly worth it.
+# %% ../nbs/11_callback.ipynb #d217cf25
+# Scoring costs about 1/3 of a step, so keeping half leaves 1/3+1/2 of the time. Were losses spread exponentially, the
+# highest fifth of them would hold 52 % of the loss and the highest half 85 %, just above that price: where the highest
+# fifth holds less than a half, even the best half is hardly worth it.
 can_pay = .5
 
 sources = 'auto','model','cached','two_stage'
@@ -41,21 +41,24 @@ class _Metrics(L):
     "A learner's metrics with the column `selected`, which does not go with an export"
     def __reduce__(self): return L,([m for m in self if m.name != 'selected'],)
 
-# %% ../nbs/11_callback.ipynb #0981f8cf
+# %% ../nbs/11_callback.ipynb #a2ead9e9
 class SelectiveBackpropCallback(Callback):
-    """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762) and its kin.
+    """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762).
 
-    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the half of the items of which the model was
-    most in doubt when it last saw them. A loss that is not over classes shows no doubt; then everything is trained on, unless `beta`
-    or `selector` says how to choose, and a line says so.
-    score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do not tell which
-    items they give), everything is trained on, and a line says so. Where `stale` or the selector needs forward passes, it makes them."""
+    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the half of the items of which
+    the model was most in doubt when it last saw them. A loss that is not over classes shows no doubt; then everything
+    is trained on, unless `beta` or `selector` says how to choose, and a line says so.
+
+    score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do
+    not tell which items they give), everything is trained on, and a line says so. Where `stale` or the selector needs
+    forward passes, it makes them."""
     # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
     order,run_valid,name = -5,False,'sb'
     # what an export leaves out
-    _stateattrs = tuple('engine sampler record plan _tracker _short _metric _one _forward _dl _dataset _rows _own_yb _rng'.split())
-    engine = sampler = record = _tracker = _short = _metric = _one = _forward = _dl = _dataset = _rows = _own_yb = _rng = None
-    _learn = _inner = None
+    _stateattrs = tuple('engine sampler record plan _tracker _short _metric _one _forward _dl _dataset _rows _own_yb '
+                        '_rng'.split())
+    engine = sampler = record = _tracker = _short = _metric = _one = _forward = _dl = _dataset = _rows = None
+    _own_yb = _rng = _learn = _inner = None
     plan = 'now'
     _fitting = _resumed = _said = False
     def __init__(self,
@@ -63,28 +66,30 @@ class SelectiveBackpropCallback(Callback):
         history:int=1024, # How many recent losses a percentile is taken over
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float=.9, # When everything is trained on again: an int is epochs, a float a fraction of the fit
-        exact:bool=True, # Keep exactly round(B/(beta+1)) of `B` candidates, so that nothing waits; False: draw each, as the paper
-        batching:str='accumulate', # 'accumulate' full batches of what is kept, or 'prune': train on what is kept of each batch
+        exact:bool=True, # Keep exactly round(B/(beta+1)) of `B`, so that nothing waits; False: draw each, as the paper
+        batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
         selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`: see `fastsb.select`
         rescale:str='mean', # 'mean' of what is kept; 'sum' over kept/candidates; 'inverse' to the probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
-        score='auto', # 'auto'; 'model' or a `Scorer` (forward passes), 'cached' (what training left), 'two_stage' (first that, then a pass)
-        stale:int=1, # With fresh scores: score every `stale` epochs; in between the remembered scores decide what is loaded
+        score='auto', # 'model' or a `Scorer` (a forward pass), 'cached' (training's own), 'two_stage' (both), 'auto'
+        stale:int=1, # With fresh scores: score every `stale` epochs; in between what is remembered decides
         momentum:float=.5, # Of the remembered values' moving averages; 0: the last one
         max_age:int=5, # Items that were not trained on for so many epochs come back
-        pool:float=.75, # With score='two_stage': share of the items, those with the highest remembered scores, that is loaded
+        pool:float=.75, # With score='two_stage': share of the items, those with the highest scores, that is loaded
         bs:int|None=None, # Rows of the batches that are rebuilt; None: as the loader has it
     ):
         self.window,self.history = Window(start, end),LossHistory(history).size
         if isinstance(score, str): check_choice('score', score, sources)
         self._by_default = beta is None and selector is None
         if self._by_default and not exact: raise ValueError("exact=False draws by percentiles: pass beta= too.")
-        choice = Choice(1. if beta is None else beta, exact, seed, selector, batching, rescale, interrupt, per_item,
-                        'model' if isinstance(score, str) else score)
+        scorer = 'model' if isinstance(score, str) else score
+        by_loss = 1. if beta is None else beta
+        choice = Choice(by_loss, exact, seed, selector, batching, rescale, interrupt, per_item, scorer)
         self.scorer,self._asked = choice.scorer,choice.selector
-        if self._by_default: self._asked = Uncertainty(.5) if self.scorer.predicts and not self.scorer.remembers else TopK(.5)
+        doubt = self.scorer.predicts and not self.scorer.remembers
+        if self._by_default: self._asked = Uncertainty(.5) if doubt else TopK(.5)
         self.selector = self._asked
         for k,v in (('stale',stale),('max_age',max_age)): check_int(k, v, 1, why=': a number of epochs')
         check_int('bs', bs, 2, none=True)
@@ -96,14 +101,12 @@ class SelectiveBackpropCallback(Callback):
 
     def _check_source(self):
         "Do selector, scorer, memory and `stale` go together?"
-        if self.scorer.remembers and not self._asked.by_loss:
-            raise ValueError(f"score={self.scorer} compares losses with remembered ones, but {self._asked} does not choose by loss: "
-                             "use TopK or beta=.")
         if self.stale > 1 and self.remembered:
-            raise ValueError(f"stale={self.stale} is for score='model'; with score={self.score!r} remembered scores decide in every epoch.")
+            raise ValueError(f"stale={self.stale} is for score='model'; with score={self.score!r} remembered scores "
+                             "decide in every epoch.")
         if self.stale > 1 and not self.scorer.own:
-            raise ValueError(f"stale={self.stale}: scores of {self.scorer} cannot stand beside the losses that training leaves: "
-                             "use score='model' or stale=1.")
+            raise ValueError(f"stale={self.stale}: scores of {self.scorer} cannot stand beside the losses that "
+                             "training leaves: use score='model' or stale=1.")
         if self.remembers: check_remembering(self._asked)
 
     # which of the ways a fit goes
@@ -143,7 +146,7 @@ class SelectiveBackpropCallback(Callback):
         else: own['_with_events'] = self._inner
 
     def _guarded(self, f, event_type, ex, final=noop):
-        "Know that a fit is under way; an exception or Ctrl-C, after which there is no `after_fit`, leaves the learner as it was"
+        "Know that a fit is under way; an exception or Ctrl-C leaves the learner as it was, without `after_fit`"
         inner = self._inner or partial(type(self._learn)._with_events, self._learn)
         if event_type != 'fit': return inner(f, event_type, ex, final)
         self._fitting = True
@@ -168,7 +171,7 @@ class SelectiveBackpropCallback(Callback):
 
     # before the fit: is it one, and can it work?
     def before_fit(self):
-        "Start afresh, unless this is a learning-rate search, a validation or a prediction; complain now about what cannot work"
+        "Start afresh, unless this is a learning-rate search or no fit at all; complain now about what cannot work"
         self.run = self._fitting and not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
         if not self.run: return
         if len(two := self.learn.cbs.filter(lambda cb: isinstance(cb, SelectiveBackpropCallback))) > 1:
@@ -208,17 +211,17 @@ class SelectiveBackpropCallback(Callback):
         self.selector.check(self._lf)
         mix = self.learn.cbs.filter(lambda cb: isinstance(cb, MixHandler))
         if mix and (self.rescale != 'mean' or self.selector.weighted):
-            raise ValueError(f"Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and {type(mix[0]).__name__} "
-                             "mixes them: use rescale='mean'.")
+            raise ValueError("Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and "
+                             f"{type(mix[0]).__name__} mixes them: use rescale='mean'.")
         if self.per_item is None:
             with unreduced(self._lf): pass # raises for a loss that cannot be split
 
     def _no_doubt(self):
         "Why the default has nothing to go by, if it has not"
         if not self._by_default or self.selector.by_loss or shows_doubt(self._lf): return None
-        return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(self._lf)} is not known as one: if it "
-                "is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, which seeks out wrong targets, pass "
-                "beta=1.")
+        return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(self._lf)} is not "
+                "known as one: if it is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, "
+                "which seeks out wrong targets, pass beta=1.")
 
     def _no_memory(self, dl):
         "Why nothing can be remembered, if it cannot; raises `ValueError` if that was asked for"
@@ -230,22 +233,26 @@ class SelectiveBackpropCallback(Callback):
 
     def _make_engine(self, dl):
         if any(c.__name__ == 'LMDataLoader' for c in type(dl).__mro__):
-            raise ValueError("The batches of an LMDataLoader continue each other row by row, and leaving rows out would break the text: "
-                             "Selective-Backprop cannot train a language model on them.")
+            raise ValueError("The batches of an LMDataLoader continue each other row by row, and leaving rows out "
+                             "would break the text: Selective-Backprop cannot train a language model on them.")
         bs = self.bs or getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
         if bs is None and self.batching != 'prune':
-            raise ValueError("The training DataLoader has neither `bs` nor `batch_size`, so it is not known what a full batch is: pass bs=.")
-        engine = SelectiveBackprop(self.model, self._lf, bs or 2, history=self.history, start=0, batching=self.batching,
-            selector=self.selector, rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item, forward=self._forward,
-            score=self.scorer, record=self.record)
+            raise ValueError("The training DataLoader has neither `bs` nor `batch_size`, so it is not known what a "
+                             "full batch is: pass bs=.")
+        engine = SelectiveBackprop(
+            self.model, self._lf, bs or 2, history=self.history, start=0, batching=self.batching,
+            selector=self.selector, rescale=self.rescale, interrupt=self.interrupt, per_item=self.per_item,
+            forward=self._forward, score=self.scorer, record=self.record)
         engine.check_ranks()
         engine.keep_scores = self.remembers
         return engine
 
     def _make_sampler(self, dl):
         device = next((p.device for p in self.model.parameters()), torch.device('cpu'))
-        return SelectiveSampler(item_count(inner_loader(dl)), self.selector, self._lf, start=self.window.start, end=self.window.end,
-            max_age=self.max_age, momentum=self.momentum, rescale=self.rescale, per_item=self.per_item, device=device, record=self.record)
+        return SelectiveSampler(
+            item_count(inner_loader(dl)), self.selector, self._lf, start=self.window.start, end=self.window.end,
+            max_age=self.max_age, momentum=self.momentum, rescale=self.rescale, per_item=self.per_item, device=device,
+            record=self.record)
 
     def _track(self, dl):
         "Have the loader tell the items of its batches, if anybody needs to know"
@@ -264,13 +271,13 @@ class SelectiveBackpropCallback(Callback):
         self.record.clock.start('loading')
 
     def _draw_on(self):
-        "Draw from where the saved fit stood; a loader makes an item when it is first asked for `n_inp`, so that is done before"
+        "Draw from where the saved fit stood. A loader makes an item when it is asked for `n_inp`: that comes first"
         getattr(self.dls, 'n_inp', None)
         set_random_state(self._rng, self._loader_rng())
         self._rng = None
 
     def _follow(self):
-        "Has somebody given the learner another loader? Then go by that; where its items are others, nothing is remembered of them yet"
+        "Has somebody given the learner another loader? Then go by that; of other items nothing is remembered yet"
         dl = self.dls.train
         if inner_loader(dl) is self._dl: return
         if self._tracker is not None: self._tracker.stop()
@@ -294,12 +301,13 @@ class SelectiveBackpropCallback(Callback):
         chosen = self.sampler.begin_epoch(self.epoch, self.pct_train, select=select and not scored, selector=pool)
         if chosen is None: return 'score' if scored else 'whole'
         self._short = shortened(self.dls.train, chosen).start()
-        known = self.sampler.memory.summary(self.sampler.now)
-        self.record.skip(self._short.skipped, known['age'] if known['seen'] else 0., len(chosen)/len(self.sampler.memory))
+        memory = self.sampler.memory
+        known = memory.summary(self.sampler.now)
+        self.record.skip(self._short.skipped, known['age'] if known['seen'] else 0., len(chosen)/len(memory))
         return 'score' if self.score == 'two_stage' else 'sample'
 
     def _one_batch(self, i, b):
-        "In place of `learn.one_batch`: candidates go in, and what is ready to be trained on goes on as if the loader had given it"
+        "In place of `learn.one_batch`: candidates go in; what is ready goes on as if the loader had given it"
         one = partial(type(self.learn).one_batch, self.learn) if self._one == 'class' else self._one
         if not self.training or self.engine is None: return one(i, b)
         self.record.clock.stop('loading')
@@ -329,7 +337,8 @@ class SelectiveBackpropCallback(Callback):
         e.done,e.n_inp = self.iter/self.n_iter,getattr(self.dls, 'n_inp', max(len(b)-1, 1))
         self._forward.sizes = e.n_inp,len(b)
         if len(b) <= e.n_inp: self._no_targets()
-        e.autocast = next((a for cb in self.learn.cbs if isinstance(a := vars(cb).get('autocast'), torch.autocast)), None)
+        casts = [vars(cb).get('autocast') for cb in self.learn.cbs]
+        e.autocast = next((a for a in casts if isinstance(a, torch.autocast)), None)
         self.selector.at(self.pct_train)
         items = None if self._tracker is None else self._tracker.take()
         if items is not None: items = items.to(e.device, non_blocking=e.device.type != 'cpu')
@@ -338,7 +347,8 @@ class SelectiveBackpropCallback(Callback):
         self._began |= select
         known = self._forward.known or select
         e.checked |= not known # it is tried once it is known who prepares batches
-        ready = e.offer(tuple(b) if s is None else (*b, items), select, items=items, remembered=remembered) # a row says whose it is
+        rows = tuple(b) if s is None else (*b, items) # a row says whose it is
+        ready = e.offer(rows, select, items=items, remembered=remembered)
         e.checked &= known
         if s is not None and not e.whole: self._remember_scores(items)
         return ready
@@ -349,7 +359,8 @@ class SelectiveBackpropCallback(Callback):
         kind = 'losses' if self.selector.by_loss else 'doubt'
         s.memory.update(items[at], **{kind: self.engine.scores[at]}, epoch=s.now, trained=False)
 
-    def _no_targets(self): raise ValueError("The training batches have no targets, so their examples have no losses to select by.")
+    def _no_targets(self):
+        raise ValueError("The training batches have no targets, so their examples have no losses to select by.")
 
     def before_batch(self):
         "Note whose rows these are, and what their targets are before MixUp mixes them"
@@ -377,10 +388,12 @@ class SelectiveBackpropCallback(Callback):
         self._looked = True
         if not self._by_default or self.selector.by_loss or self.selector.keep == 1: return
         why = doubt_problem(self._lf, self.pred, *self._own_yb)
-        if why is not None: self._give_up(f"The default goes by the model's doubt, and {why}. To choose by loss, which seeks out wrong targets, pass beta=1.")
+        if why is None: return
+        self._give_up(f"The default goes by the model's doubt, and {why}. To choose by loss, which seeks out wrong "
+                      "targets, pass beta=1.")
 
     def _give_up(self, why):
-        "Train on everything from here, and say so. A loader that is tracked stays so: it may be in the midst of an epoch"
+        "Train on everything from here, and say so. A tracked loader stays so: it may be in the midst of an epoch"
         self._say(f"everything is trained on. {why}")
         self.selector,self.sampler,self.engine,self.plan = Percentile(0.),None,None,'now'
 
@@ -389,7 +402,8 @@ class SelectiveBackpropCallback(Callback):
         w = None if self.engine is None else self.engine.weights
         if w is None and self.plan == 'sample': w = self.sampler.weights(self._rows)
         if w is None: return self.learn.loss
-        self.learn.loss_grad,loss = weighted_loss(self._lf, self.pred, *self.yb, w=w, per_item=self.per_item, loss=self.learn.loss_grad)
+        own = dict(per_item=self.per_item, loss=self.learn.loss_grad)
+        self.learn.loss_grad,loss = weighted_loss(self._lf, self.pred, *self.yb, w=w, **own)
         self.learn.loss = self.learn.loss_grad.clone()
         return loss
 
@@ -433,29 +447,31 @@ class SelectiveBackpropCallback(Callback):
         "One line if the fit was too short for any selection; nothing about a stage of one epoch"
         if self.selector.keep == 1 or self._began or self.n_epoch < 2 or len(self._of_this_fit()) < self.n_epoch: return
         how = 'goes by what earlier epochs have shown and '*self.remembered
-        self._say(f"nothing was left out. Selection {how}is from start={self.window.start!r} to end={self.window.end!r}, and this fit "
-                  f"had {self.n_epoch} epochs: fit for longer, or choose another start or end.")
+        self._say(f"nothing was left out. Selection {how}is from start={self.window.start!r} to "
+                  f"end={self.window.end!r}, and this fit had {self.n_epoch} epochs: fit for longer, or choose another "
+                  "start or end.")
 
     def _say_if_it_cannot_pay(self):
         "One line, once, if the losses are too even for selection to pay"
         top = max((r['top_share'] for r in self._of_this_fit() if r['fp']), default=float('nan'))
         if self._said or not top < can_pay: return
         self._said = True
-        self._say(f"the highest fifth of the losses held at most {top:.0%} of the loss in any epoch; below {can_pay:.0%} selection "
-                  "hardly saves time.")
+        self._say(f"the highest fifth of the losses held at most {top:.0%} of the loss in any epoch; below "
+                  f"{can_pay:.0%} selection hardly saves time.")
 
     # afterwards
     @property
     def counts(self) -> dict:
-        "Of the last fit so far: candidates offered, FPs (forward passes made only to score) and BPs (examples trained on)"
+        "Of the last fit so far: candidates offered, FPs (forward passes only to score) and BPs (examples trained on)"
         return dict(candidates=0, fp=0, bp=0) if self.record is None else dict(self.record.counts)
 
     @property
     def log(self) -> pd.DataFrame:
-        """All fits, a row an epoch: fit, epoch, candidates, fp, bp, selected (bp/candidates), candidate_loss (mean over all candidates:
-        by what scored them, or what is remembered of them), trained_loss (mean over what was trained), scoring_s, training_s (seconds),
-        left (examples waiting in the buffer), top_share (share of the loss that the highest fifth of each batch of candidates holds),
-        loads (items loaded), score_age (mean age of the scores used, in epochs), loading_s (seconds waiting for batches)"""
+        """All fits, a row an epoch: fit, epoch, candidates, fp, bp, selected (bp/candidates), candidate_loss (mean over
+        all candidates: by what scored them, or what is remembered of them), trained_loss (mean over what was trained),
+        scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that the
+        highest fifth of each batch of candidates holds), loads (items loaded), score_age (mean age of the scores used,
+        in epochs), loading_s (seconds between batches: where fastai waits for a GPU there, its work is among them)"""
         return pd.DataFrame(self.record.log if self.record is not None else [], columns=log_columns)
 
     # killed and resumed
@@ -468,10 +484,11 @@ class SelectiveBackpropCallback(Callback):
     def load_state_dict(self,
         state:dict, # From `state_dict`
     ):
-        "Go on from `state` with the next `fit(..., start_epoch=n)`; raises `ValueError`, changing nothing, if it is of other settings"
+        "Go on from `state` with the next `fit(..., start_epoch=n)`; `ValueError`, changing nothing, if it does not fit"
         if lacks := {'callback','since','rng','record','sampler','engine'} - set(state):
             raise ValueError(f"The saved state lacks {sorted(lacks)}: it is not of a {type(self).__name__}.")
-        if state['callback'] != repr(self): raise ValueError(f"The saved state is of {state['callback']}, but this is {self!r}.")
+        if state['callback'] != repr(self):
+            raise ValueError(f"The saved state is of {state['callback']}, but this is {self!r}.")
         kept = 'record','sampler','engine','selector','plan','_forward','_since','_dataset','_lf'
         old,selector = {k: getattr(self, k, None) for k in kept},self._asked.state_dict()
         try: self._load_parts(state)
@@ -486,7 +503,8 @@ class SelectiveBackpropCallback(Callback):
         self._set_up()
         for k in ('sampler','engine'):
             if (getattr(self, k) is None) != (state[k] is None):
-                raise ValueError(f"The saved state has {'no' if state[k] is None else 'a'} {k}: it is of another way to choose.")
+                has = 'no' if state[k] is None else 'a'
+                raise ValueError(f"The saved state has {has} {k}: it is of another way to choose.")
         for k in ('record','sampler','engine'):
             if state[k] is not None: getattr(self, k).load_state_dict(state[k])
 

@@ -11,9 +11,9 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
 from torch import Tensor
 
-# %% ../nbs/10a_forward.ipynb #137c4817
+# %% ../nbs/10a_forward.ipynb #06b23ad5
 class PreparedForward:
-    "The forward pass of scoring: what other callbacks do to a batch before the model, and to its output, is done here too"
+    "The forward pass of scoring: what other callbacks do to a batch, and to the model's output, is done here too"
     def __init__(self,
         learn, # The `Learner`
         after:int, # Callbacks of this order and below have done their work before
@@ -52,7 +52,8 @@ class PreparedForward:
 
     def _may_prepare(self, cb):
         "Might this callback do something to a batch before the model, or to its output? Of fastai's own it is known"
-        if cb.order <= self.after or not any(hasattr(cb, event) for event in ('before_batch','after_pred')): return False
+        acts = any(hasattr(cb, event) for event in ('before_batch','after_pred'))
+        if cb.order <= self.after or not acts: return False
         theirs = type(cb).__module__.split('.')[0] in ('fastai','fastsb')
         return not theirs or type(cb).__name__ in ('ChannelsLast','NonNativeMixedPrecision')
 
@@ -73,12 +74,13 @@ class PreparedForward:
         return stop
 
     def _found(self, cb, event):
-        mixes,casts = isinstance(cb, MixHandler),isinstance(vars(cb).get('autocast'), torch.autocast) # scoring casts as well
+        casts = isinstance(vars(cb).get('autocast'), torch.autocast) # scoring does too
+        mixes = isinstance(cb, MixHandler)
         if mixes or casts or (cb,event) in self.steps: return
         if self.scored:
-            raise ValueError(f"{type(cb).__name__} changes in `{event}` what the model sees or says, and the first candidates were "
-                             "scored before that could be known: let the fit begin with a batch that is trained whole, with any "
-                             "start above 0.")
+            raise ValueError(f"{type(cb).__name__} changes in `{event}` what the model sees or says, and the first "
+                             "candidates were scored before that could be known: let the fit begin with a batch that "
+                             "is trained whole, with any start above 0.")
         self.steps.append((cb, event))
 
 def _fingerprint(learn, event):
@@ -88,4 +90,5 @@ def _fingerprint(learn, event):
     else: return None
     return [_of_tensor(o) if isinstance(o, Tensor) else id(o) for o in parts]
 
-def _of_tensor(t): return t.data_ptr(),t._version,t.shape,t.stride(),t.dtype # another tensor type of the same memory is the same
+def _of_tensor(t): # another tensor type of the same memory is the same
+    return t.data_ptr(),t._version,t.shape,t.stride(),t.dtype

@@ -22,8 +22,9 @@ from .check import check_bool
 from .losses import per_item_loss
 from .select import InfoBatch, LossShare
 
-# %% ../nbs/12_learner.ipynb #0e9a6244
-paper_settings = dict(beta=1., exact=False, score='model', start=1, end=1.) # Jiang et al. 2019: a forward pass of all, a coin for each
+# %% ../nbs/12_learner.ipynb #efdd38eb
+# Jiang et al. 2019: a forward pass of all, a coin for each
+paper_settings = dict(beta=1., exact=False, score='model', start=1, end=1.)
 
 def selecting_callback(
     paper:bool=False, # The settings of the paper, where they are not given
@@ -31,42 +32,49 @@ def selecting_callback(
 ) -> SelectiveBackpropCallback:
     "The callback that `learn.selective_backprop` adds"
     check_bool('paper', paper)
-    if paper: kwargs = {k: v for k,v in paper_settings.items() if 'selector' not in kwargs or k not in ('beta','exact')} | kwargs
+    if paper:
+        who = ('beta','exact') if 'selector' in kwargs else () # who is chosen is said already
+        kwargs = {k: v for k,v in paper_settings.items() if k not in who} | kwargs
     return SelectiveBackpropCallback(**kwargs)
 
 @patch
 @delegates(SelectiveBackpropCallback.__init__)
 def selective_backprop(self:Learner,
-    paper:bool=False, # The settings of the paper, instead of what has been found since: `paper_settings`, where they are not given
+    paper:bool=False, # Where settings are not given, take those of the paper: `paper_settings`
     **kwargs
 ) -> Learner:
-    "Train with Selective-Backprop from now on. Calling it again replaces the settings; `learn.remove_cb(SelectiveBackpropCallback)` ends it"
+    """Train with Selective-Backprop from now on. Calling it again replaces the settings;
+    `learn.remove_cb(SelectiveBackpropCallback)` ends it"""
     cb = selecting_callback(paper, **kwargs)
     return self.remove_cb(SelectiveBackpropCallback).add_cb(cb)
 
-# %% ../nbs/12_learner.ipynb #72ec73a8
+# %% ../nbs/12_learner.ipynb #05bb750d
 class BatchLossFilterCallback(SelectiveBackpropCallback):
-    "Trains on the highest losses of each batch that together hold `min_loss_perc` of its loss (BatchLossFilter, fastai forum, 2019). It is `learn.blf`"
+    """Trains on the highest losses of each batch that together hold `min_loss_perc` of its loss (BatchLossFilter,
+    fastai forum, 2019). It is `learn.blf`"""
     name = 'blf'
     def __init__(self,
-        min_loss_perc:float=.9, # Share of the batch's loss that is kept at least; or a fastai schedule such as `SchedCos(1, .8)`
+        min_loss_perc:float=.9, # Share of the batch's loss to keep at least; or a schedule such as `SchedCos(1, .8)`
         min_samples_perc:float|None=None, # Fraction of the examples that is kept at least
         start:int|float=1, # When filtering begins: an int is epochs, a float a fraction of the fit
         end:int|float=1., # When everything is trained on again: an int is epochs, a float a fraction of the fit
-        batching:str='prune', # 'prune': train on what is kept of each batch, two at least; or 'accumulate' full batches from it
+        batching:str='prune', # 'prune': train on what is kept of each batch, two at least; or 'accumulate' full batches
         rescale:str='mean', # How kept losses are averaged: 'mean', or 'sum' over the kept / candidates
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
-    ): super().__init__(start=start, end=end, batching=batching, selector=LossShare(min_loss_perc, min_samples_perc), rescale=rescale, per_item=per_item,
-                          score='model')
+    ):
+        selector = LossShare(min_loss_perc, min_samples_perc)
+        super().__init__(start=start, end=end, batching=batching, selector=selector, rescale=rescale, per_item=per_item,
+                         score='model')
 
 @patch
 @delegates(BatchLossFilterCallback.__init__)
 def batch_loss_filter(self:Learner, **kwargs) -> Learner:
-    "Train with BatchLossFilter from now on. Calling it again replaces the settings; `learn.remove_cb(BatchLossFilterCallback)` ends it"
+    """Train with BatchLossFilter from now on. Calling it again replaces the settings;
+    `learn.remove_cb(BatchLossFilterCallback)` ends it"""
     cb = BatchLossFilterCallback(**kwargs)
     return self.remove_cb(SelectiveBackpropCallback).add_cb(cb)
 
-# %% ../nbs/12_learner.ipynb #2212239e
+# %% ../nbs/12_learner.ipynb #173efb18
 @patch
 def infobatch(self:Learner,
     r:float=.5, # Share of the items with a loss below the mean that is left out of an epoch
@@ -74,26 +82,31 @@ def infobatch(self:Learner,
     seed:int|None=None, # Seed of the draws; None: derived from torch's seed
     per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
 ) -> Learner:
-    "Train with InfoBatch (Qin et al. 2024, arXiv 2303.04947) from now on: remembered losses choose by `InfoBatch(r)` until `delta`. It is `learn.sb`"
-    return self.selective_backprop(selector=InfoBatch(r, seed), score='cached', momentum=0., start=1, end=delta, per_item=per_item)
+    """Train with InfoBatch (Qin et al. 2024, arXiv 2303.04947) from now on: remembered losses choose by `InfoBatch(r)`
+    until `delta`. It is `learn.sb`"""
+    how = dict(score='cached', momentum=0., start=1, end=delta, per_item=per_item)
+    return self.selective_backprop(selector=InfoBatch(r, seed), **how)
 
-# %% ../nbs/12_learner.ipynb #1b624439
+# %% ../nbs/12_learner.ipynb #74976652
 def irreducible_losses(
     learn:Learner, # A learner that was trained on data that are not in `dl`
     dl=None, # fastai loader of the training items; None: the learner's own training loader
 ) -> torch.Tensor: # (n,) float32, by the item's index in the data set of `dl`
-    "The loss that a model trained elsewhere has on each item, in eval mode and without augmentation (RHO-LOSS, Mindermann et al. 2022, arXiv 2206.07137)"
+    """The loss that a model trained elsewhere has on each item, in eval mode and without augmentation (RHO-LOSS,
+    Mindermann et al. 2022, arXiv 2206.07137)"""
     dl = (learn.dls.train if dl is None else dl).new(shuffle=False, drop_last=False)
     plain = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') else nullcontext()
     with plain, learn.no_bar(): pred,*yb = learn.get_preds(dl=dl, act=noop, reorder=False)
     return per_item_loss(learn.loss_func, pred, *yb).float()
 
-# %% ../nbs/12_learner.ipynb #ea6dea25
+# %% ../nbs/12_learner.ipynb #3d3c337b
 class Autocast(Callback):
     "bfloat16 mixed precision on whatever device the model is on (fastai's `MixedPrecision` is for CUDA only)"
     order,name = 10,'amp' # where MixedPrecision is
     autocast = None
-    def before_fit(self): self.autocast = torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
+    def before_fit(self):
+        device = next(self.model.parameters()).device
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     def before_batch(self):
         if self.autocast is None: self.before_fit() # a validation without a fit
         self.autocast.__enter__()

@@ -145,8 +145,12 @@ class ItemMemory:
         epoch:int|None=None, # The current epoch, if there is a `max_age`
         max_age:int|None=None, # A doubt that is more epochs old than this counts as unknown
     ) -> Tensor: # (k,) float32
-        "The doubts that are remembered, in nats; NaN where none is, or none recent"
-        return self._recent(self._doubt, items, epoch, max_age)
+        """The doubts that are remembered, in nats; NaN where none is, or none recent.
+
+        What was seen with neither loss nor doubt has no target: it does not come back by its age."""
+        doubt = self._get(self._doubt, items)
+        nothing = (doubt == 0) & (self._get(self._loss, items) == 0)
+        return torch.where(nothing, doubt, self._recent(self._doubt, items, epoch, max_age))
 
     def _recent(self, values, items, epoch, max_age):
         v = self._get(values, items)
