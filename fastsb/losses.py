@@ -42,7 +42,11 @@ def _layers(loss_func):
     flat = any(_whole_name(c) == ('fastai.losses','BaseLoss') for c in type(loss_func).__mro__)
     if flat or isinstance(loss_func, partial): yield from _layers(loss_func.func)
 
-def loss_setting(loss_func, name, default=None):
+def loss_setting(
+    loss_func, # A loss: module, fastai `BaseLoss`, function or `partial`
+    name:str, # What it is called
+    default=None, # If there is none
+):
     "Attribute or keyword `name` of `loss_func`, or of the function that a fastai `BaseLoss` wraps"
     for o in _parts(loss_func):
         if hasattr(o, name): return getattr(o, name)

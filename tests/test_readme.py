@@ -1,0 +1,31 @@
+"The code in README.md does what it says."
+import re
+from pathlib import Path
+
+import torch
+from common import digits, digits_model
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(words):
+    "The Python code in README.md that holds `words`"
+    return next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if words in b)
+
+
+def test_the_loop_of_ones_own():
+    "Half of the items between a tenth and nine tenths, each at most once an epoch; and it learns"
+    code = block("SelectiveSampler(")
+    assert len([l for l in code.splitlines() if l.strip() and "import" not in l]) <= 8
+    x, y = digits(1500)
+    ds, model = TensorDataset(x[:1408], y[:1408]), digits_model(p=0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scope = dict(ds=ds, model=model, opt=opt, loss_func=nn.CrossEntropyLoss(), DataLoader=DataLoader)
+    exec(code, scope)
+    log = scope["sampler"].log
+    trained = [r["bp"] for r in log]  # items that were not seen for long come back
+    assert trained[0] == trained[9] == 1408 and all(704 <= n < 900 for n in trained[1:9]) and sum(r["fp"] for r in log) == 0
+    assert scope["sampler"].memory.times().sum() == sum(r["bp"] for r in log)
+    assert (model.eval()(x[1408:]).argmax(1) == y[1408:]).float().mean() > 0.85
