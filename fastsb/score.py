@@ -99,7 +99,10 @@ def scoring(
 def _unwrapped(model): return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
 
-def model_batch(model, batch):
+def model_batch(
+    model:nn.Module, # Who predicts
+    batch, # A tuple or list (inputs..., target)
+) -> tuple: # Prediction, targets
     "Default `forward`: the last entry of `batch` is the target, what stands before it goes into the model"
     if not isinstance(batch, (tuple,list)) or len(batch) < 2:
         raise TypeError(f"A batch is a {type(batch).__name__}, not (inputs, target): pass forward=, a callable (model, "

@@ -1,4 +1,6 @@
-"A fit that saves after each epoch and kills its process at a given batch; and how one goes on from what was saved last."
+"""A fit that saves after each epoch and kills its process at a given batch; and how one goes on from what was saved
+last."""
+
 import os
 import signal
 from pathlib import Path
@@ -49,7 +51,9 @@ def learner(mode, path):
 
 def fit(learn, start_epoch=0, cbs=()):
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(EPOCHS, 1e-2, start_epoch=start_epoch, cbs=[SaveModelCallback(every_epoch=True, with_opt=True), *cbs])
+        learn.fit_one_cycle(
+            EPOCHS, 1e-2, start_epoch=start_epoch, cbs=[SaveModelCallback(every_epoch=True, with_opt=True), *cbs]
+        )
     return learn
 
 
@@ -66,5 +70,7 @@ def resume(mode, path, epoch):
 def saved(path):
     "The last epoch of which model and state are there, -1 if none"
     models = Path(path) / "models"
-    return max((e for e in range(EPOCHS) if (models / f"model_{e}.pth").exists() and (models / f"model_{e}.sb.pth").exists()), default=-1)
-
+    return max(
+        (e for e in range(EPOCHS) if (models / f"model_{e}.pth").exists() and (models / f"model_{e}.sb.pth").exists()),
+        default=-1,
+    )

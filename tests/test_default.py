@@ -1,9 +1,18 @@
 "What `learn.selective_backprop()` does without arguments, and what it does where that cannot be done."
+
 import numpy as np
 import pytest
 import torch
 from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit, weights
-from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, set_seed
+from fastai.basics import (
+    Callback,
+    CancelFitException,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    Learner,
+    MSELossFlat,
+    set_seed,
+)
 from fastai.callback.mixup import CutMix, MixUp
 from torch import nn
 
@@ -71,23 +80,30 @@ def learner(n, loss_func, out, targets, cbs):
     ],
 )
 def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
-    "By prediction entropy where there are classes, whatever the labels; by loss where that is asked for. Nothing is scored, nothing else is loaded"
+    """By prediction entropy where there are classes, whatever the labels; by loss where that is asked for. Nothing is
+    scored, nothing else is loaded"""
     ref = Reference(digits(650)[0], measure)
     learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(**kw), 6)
     sb = learn.sb
     assert sb.counts["fp"] == 0 and sb.log.loads.tolist() == sb.log.bp.tolist() == [len(e) for e in ref.epochs]
-    assert [len(e) for e in (ref.epochs[0], ref.epochs[-1])] == [640] * 2 and all(len(e) <= 352 for e in ref.epochs[1:-1])
+    assert [len(e) for e in (ref.epochs[0], ref.epochs[-1])] == [640] * 2 and all(
+        len(e) <= 352 for e in ref.epochs[1:-1]
+    )
     for got, want in zip(ref.epochs[1:-1], ref.want[1:-1]):
         assert len(set(got)) == len(got) == len(want) // 32 * 32 and set(got) <= want
 
 
 @pytest.mark.parametrize("loss_func", [MSELossFlat(), own_loss])
 def test_doubt_that_is_asked_for_and_not_known_is_refused(loss_func):
-    with pytest.raises(ValueError, match=r"Uncertainty\(keep=0.5\) goes by doubt, and .* is not known as a loss over classes.*like="):
+    with pytest.raises(
+        ValueError, match=r"Uncertainty\(keep=0.5\) goes by doubt, and .* is not known as a loss over classes.*like="
+    ):
         quiet_fit(learner(330, loss_func, 1, "numbers", None).selective_backprop(selector=Uncertainty(0.5)), 3)
 
 
-@pytest.mark.parametrize("loss_func,name", [(MSELossFlat(), "MSELoss"), (lambda pred, y: ((pred - y) ** 2).mean(), "test_default.<lambda>")])
+@pytest.mark.parametrize(
+    "loss_func,name", [(MSELossFlat(), "MSELoss"), (lambda pred, y: ((pred - y) ** 2).mean(), "test_default.<lambda>")]
+)
 def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsys):
     "As without fastsb, bit by bit, even if the loss cannot be split; and that is said"
     set_seed(0)
@@ -99,7 +115,10 @@ def test_where_no_doubt_is_known_everything_is_trained_on(loss_func, name, capsy
     assert torch.equal(weights(plain), weights(learn))
     assert learn.sb.log.selected.tolist() == [1.0] * 3 and learn.sb.counts["fp"] == 0
     out = capsys.readouterr().out
-    assert "everything is trained on. The default goes by doubt, which only losses over classes show, and " in out and f"{name} is not known as one" in out
+    assert (
+        "everything is trained on. The default goes by doubt, which only losses over classes show, and " in out
+        and f"{name} is not known as one" in out
+    )
     assert out.count("fastsb:") == 1
     quiet_fit(learn, 2)
     assert capsys.readouterr().out == ""
@@ -115,7 +134,9 @@ def test_to_choose_by_loss_can_be_asked_for(capsys):
 def test_doubt_is_known_again_with_another_loss():
     "One callback, three fits: the loss decides anew each time"
     learn = learner(330, CrossEntropyLossFlat(), 10, "classes", None).selective_backprop(start=0.3)
-    for fit, (loss_func, selects) in enumerate(((CrossEntropyLossFlat(), True), (lambda pred, y: pred.square().mean(), False), (nn.CrossEntropyLoss(), True))):
+    for fit, (loss_func, selects) in enumerate(
+        ((CrossEntropyLossFlat(), True), (lambda pred, y: pred.square().mean(), False), (nn.CrossEntropyLoss(), True))
+    ):
         learn.loss_func = loss_func
         log = quiet_fit(learn, 4).sb.log
         assert (log.selected[log.fit == fit].min() < 1) == selects == learn.sb.remembers
@@ -124,7 +145,9 @@ def test_doubt_is_known_again_with_another_loss():
 def test_the_first_and_the_last_tenth_are_whole():
     log = quiet_fit(digits_learner().selective_backprop(), 10).sb.log
     assert log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0]
-    assert log.candidate_loss.notna().all() and log.candidate_loss.is_monotonic_decreasing  # losses are remembered beside doubts
+    assert (
+        log.candidate_loss.notna().all() and log.candidate_loss.is_monotonic_decreasing
+    )  # losses are remembered beside doubts
 
 
 def test_wrong_labels_are_not_sought_out():
@@ -143,10 +166,15 @@ def test_wrong_labels_are_not_sought_out():
 
     shares = {}
     for name, kw in {"default": {}, "loss": dict(selector=TopK(0.5))}.items():
-        dls = DataLoaders.from_dsets(NoisyRows(x, y, 0.05), NoisyRows(x[:50], y[:50], 0), bs=50, device="cpu", num_workers=0)
+        dls = DataLoaders.from_dsets(
+            NoisyRows(x, y, 0.05), NoisyRows(x[:50], y[:50], 0), bs=50, device="cpu", num_workers=0
+        )
         torch.manual_seed(1)
         count = Count()
-        quiet_fit(Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat(), cbs=count).selective_backprop(end=1.0, **kw), 8)
+        quiet_fit(
+            Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat(), cbs=count).selective_backprop(end=1.0, **kw),
+            8,
+        )
         shares[name] = np.mean(count.share)
     assert 0.25 < shares["default"] < 0.42 and shares["loss"] > 0.5
 
@@ -160,9 +188,16 @@ def test_mixup_is_not_scored_where_all_is_kept(capsys):
 
 @pytest.mark.parametrize("mix,least", [(MixUp(), 1.0), (CutMix(), 0.5)])
 def test_what_is_mixed_is_remembered_for_the_rows_own_item(mix, least, capsys):
-    "The predictions and the targets that it had before it was mixed; of CutMix only where the own image has the greater part"
+    """The predictions and the targets that it had before it was mixed; of CutMix only where the own image has the
+    greater part"""
     x, y = digits(320)
-    dls = DataLoaders.from_dsets(NoisyRows(x.reshape(-1, 1, 8, 8), y, 0), NoisyRows(x.reshape(-1, 1, 8, 8), y, 0), bs=32, device="cpu", num_workers=0)
+    dls = DataLoaders.from_dsets(
+        NoisyRows(x.reshape(-1, 1, 8, 8), y, 0),
+        NoisyRows(x.reshape(-1, 1, 8, 8), y, 0),
+        bs=32,
+        device="cpu",
+        num_workers=0,
+    )
 
     class Book(Callback):
         order = 70
@@ -176,20 +211,33 @@ def test_what_is_mixed_is_remembered_for_the_rows_own_item(mix, least, capsys):
             rows, pred = self.learn.sb._rows.numpy(), self.pred.detach().double()
             lam = mix.lam.reshape(-1).expand(len(rows)).numpy()
             self.sure.append((lam >= 0.5).mean())
-            for old, new in ((self.loss, nn.functional.cross_entropy(pred, y[rows], reduction="none").numpy()), (self.doubt, entropy(pred.numpy(), None))):
+            for old, new in (
+                (self.loss, nn.functional.cross_entropy(pred, y[rows], reduction="none").numpy()),
+                (self.doubt, entropy(pred.numpy(), None)),
+            ):
                 old[rows] = np.where(lam < 0.5, old[rows], np.where(np.isnan(old[rows]), new, (old[rows] + new) / 2))
 
     book = Book()
     torch.manual_seed(0)
-    learn = Learner(dls, nn.Sequential(nn.Flatten(), digits_model(p=0)), loss_func=CrossEntropyLossFlat(), cbs=[mix, book]).selective_backprop()
+    learn = Learner(
+        dls, nn.Sequential(nn.Flatten(), digits_model(p=0)), loss_func=CrossEntropyLossFlat(), cbs=[mix, book]
+    ).selective_backprop()
     with learn.no_bar():
         learn.fit(10)
     memory = learn.sb.sampler.memory
     np.testing.assert_allclose(memory.losses(), book.loss, rtol=1e-4)
     np.testing.assert_allclose(memory.doubts(), book.doubt, rtol=1e-4)
     selected = learn.sb.log.selected  # of CutMix some come back since nothing recent is known of them
-    assert learn.sb.counts["fp"] == 0 and selected[[0, 9]].tolist() == [1.0, 1.0] and selected[1:9].between(0.5, 0.5 if least == 1 else 0.7).all()
-    assert np.mean(book.sure) >= least and (np.mean(book.sure) < 1) == (least < 1) and "fastsb" not in capsys.readouterr().out
+    assert (
+        learn.sb.counts["fp"] == 0
+        and selected[[0, 9]].tolist() == [1.0, 1.0]
+        and selected[1:9].between(0.5, 0.5 if least == 1 else 0.7).all()
+    )
+    assert (
+        np.mean(book.sure) >= least
+        and (np.mean(book.sure) < 1) == (least < 1)
+        and "fastsb" not in capsys.readouterr().out
+    )
 
 
 def test_targets_that_are_mixed_too_are_remembered_unmixed():
@@ -208,7 +256,14 @@ def test_targets_that_are_mixed_too_are_remembered_unmixed():
             if self.training:
                 rows = self.learn.sb._rows
                 assert not torch.equal(self.yb[0], hot[rows])
-                last.update(zip(rows.tolist(), nn.functional.binary_cross_entropy_with_logits(self.pred, hot[rows], reduction="none").mean(1).tolist()))
+                last.update(
+                    zip(
+                        rows.tolist(),
+                        nn.functional.binary_cross_entropy_with_logits(self.pred, hot[rows], reduction="none")
+                        .mean(1)
+                        .tolist(),
+                    )
+                )
 
     quiet_fit(learn, 1, cbs=Watch())
     np.testing.assert_allclose(learn.sb.sampler.memory.losses(), [last[i] for i in range(320)], rtol=1e-4)
@@ -217,7 +272,9 @@ def test_targets_that_are_mixed_too_are_remembered_unmixed():
 def test_a_loader_that_does_not_tell_its_items_is_trained_whole(capsys):
     "Nobody has asked for forward passes"
     dls = digits_learner().dls
-    torch_dls = DataLoaders(*(torch.utils.data.DataLoader(d.dataset, 32, shuffle=True, drop_last=True) for d in dls.loaders))
+    torch_dls = DataLoaders(
+        *(torch.utils.data.DataLoader(d.dataset, 32, shuffle=True, drop_last=True) for d in dls.loaders)
+    )
     learn = Learner(torch_dls, digits_model(), loss_func=CrossEntropyLossFlat()).selective_backprop()
     with learn.no_bar():
         learn.fit(10)
@@ -250,7 +307,12 @@ def test_a_fit_too_short_for_selection_says_so(capsys):
     for n, kw, expected in [
         (1, {}, None),  # a stage of `fine_tune` needs no word
         (1, dict(paper=True), None),
-        (2, {}, says + ". Selection goes by what earlier epochs have shown and is from start=0.1 to end=0.9, and this fit had 2 epochs: fit for longer, "),
+        (
+            2,
+            {},
+            says + ". Selection goes by what earlier epochs have shown and is from start=0.1 to end=0.9, "
+            "and this fit had 2 epochs: fit for longer, ",
+        ),
         (2, dict(paper=True, start=2), says + ". Selection is from start=2 to end=1.0, and this fit had 2 epochs: "),
         (2, dict(start=3, end=1.0), "start=3 to end=1.0, and this fit had 2 epochs: "),
         (2, dict(end=1.0), None),
@@ -263,7 +325,9 @@ def test_a_fit_too_short_for_selection_says_so(capsys):
             learn.fit(n)
         out = capsys.readouterr().out
         assert expected in out if expected else says not in out, (kw, out)
-        assert (learn.sb.log.selected < 1).any() == (expected is None and kw != dict(beta=0) and (n > 1 or "score" in kw)), kw
+        assert (learn.sb.log.selected < 1).any() == (
+            expected is None and kw != dict(beta=0) and (n > 1 or "score" in kw)
+        ), kw
     quiet_fit(digits_learner().selective_backprop(), 1)
     learn = digits_learner(cbs=Stop()).selective_backprop()
     with learn.no_bar():
@@ -325,4 +389,7 @@ def test_it_is_what_the_callback_is():
 
 def test_doubtful_alone_chooses_by_loss():
     assert repr(digits_learner().selective_backprop(score=Doubtful()).sb.selector) == "TopK(keep=0.5)"
-    assert repr(digits_learner().selective_backprop(score=lambda model, batch: batch[0].mean(1)).sb.selector) == "TopK(keep=0.5)"
+    assert (
+        repr(digits_learner().selective_backprop(score=lambda model, batch: batch[0].mean(1)).sb.selector)
+        == "TopK(keep=0.5)"
+    )

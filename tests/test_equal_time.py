@@ -46,7 +46,9 @@ class Count(Callback):
     def hook(self, model, args):
         if model.training:
             self.trained_rows.append(len(args[0]))
-        elif self.learn.training and len(args[0]) > 2:  # an eval pass in the training part of an epoch; two rows are a trial
+        elif (
+            self.learn.training and len(args[0]) > 2
+        ):  # an eval pass in the training part of an epoch; two rows are a trial
             self.scored_rows.append(len(args[0]))
 
     def before_batch(self):

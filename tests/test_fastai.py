@@ -1,4 +1,5 @@
 "Selective-Backprop beside fastai's own callbacks, loaders and ways to save."
+
 import pickle
 
 import numpy as np
@@ -31,7 +32,8 @@ def ours(learn):
     return [cb for cb in learn.cbs if isinstance(cb, SelectiveBackpropCallback)]
 
 
-# the one-liner ---------------------------------------------------------------------------------------------------------
+# the one-liner
+# ---------------------------------------------------------------------------------------------------------
 def test_one_line_replace_and_remove():
     learn = digits_learner()
     cbs, metrics, lf = sorted(map(repr, learn.cbs)), list(learn.metrics), learn.loss_func
@@ -40,7 +42,12 @@ def test_one_line_replace_and_remove():
     assert len(ours(learn)) == 1 and learn.sb is ours(learn)[0] and learn.sb.selector.beta == 3
     quiet_fit(learn, 2)
     learn.remove_cb(SelectiveBackpropCallback)
-    assert sorted(map(repr, learn.cbs)) == cbs and list(learn.metrics) == metrics and learn.loss_func is lf and lf.reduction == "mean"
+    assert (
+        sorted(map(repr, learn.cbs)) == cbs
+        and list(learn.metrics) == metrics
+        and learn.loss_func is lf
+        and lf.reduction == "mean"
+    )
     assert not hasattr(learn, "sb") and callable(learn.selective_backprop)
     set_seed(5)
     quiet_fit(learn, 1)
@@ -61,12 +68,18 @@ def test_each_fit_starts_afresh():
     quiet_fit(learn, 3)
     quiet_fit(learn, 2)
     log = learn.sb.log
-    assert log.fit.tolist() == [0, 0, 0, 1, 1] and log.epoch.tolist() == [0, 1, 2, 0, 1] and log.fp.tolist() == [0, 640, 640, 0, 640]
+    assert (
+        log.fit.tolist() == [0, 0, 0, 1, 1]
+        and log.epoch.tolist() == [0, 1, 2, 0, 1]
+        and log.fp.tolist() == [0, 640, 640, 0, 640]
+    )
     assert learn.sb.counts == dict(candidates=1280, fp=640, bp=log.bp[3:].sum())
 
 
 def test_fine_tune():
-    learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop(**fresh(start=0))
+    learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop(
+        **fresh(start=0)
+    )
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(2, freeze_epochs=2)
     assert learn.sb.log.fp.tolist() == [640] * 4 and learn.sb.log.fit.tolist() == [0, 0, 1, 1]
@@ -79,9 +92,28 @@ def test_progress_table_and_log(capsys):
     rows = [eval(o) for o in capsys.readouterr().out.strip().splitlines()]
     assert learn.recorder.metric_names[-2] == "selected"
     assert [r[-2] for r in rows] == learn.sb.log.selected.tolist() and rows[0][-2] == 1.0
-    assert list(learn.sb.log.columns) == ["fit", "epoch", "candidates", "fp", "bp", "selected", "candidate_loss", "trained_loss",
-                                             "scoring_s", "training_s", "left", "top_share", "loads", "score_age", "loading_s"]
-    assert (learn.sb.log.training_s > 0).all() and (learn.sb.log.scoring_s[1:] > 0).all() and learn.sb.log.scoring_s[0] == 0
+    assert list(learn.sb.log.columns) == [
+        "fit",
+        "epoch",
+        "candidates",
+        "fp",
+        "bp",
+        "selected",
+        "candidate_loss",
+        "trained_loss",
+        "scoring_s",
+        "training_s",
+        "left",
+        "top_share",
+        "loads",
+        "score_age",
+        "loading_s",
+    ]
+    assert (
+        (learn.sb.log.training_s > 0).all()
+        and (learn.sb.log.scoring_s[1:] > 0).all()
+        and learn.sb.log.scoring_s[0] == 0
+    )
 
 
 def test_progress_bar_and_csv(tmp_path):
@@ -107,7 +139,8 @@ def test_train_metrics():
     assert trained == learn.sb.counts["bp"]  # only what was trained on counts
 
 
-# other ways through the loop -------------------------------------------------------------------------------------------
+# other ways through the loop
+# -------------------------------------------------------------------------------------------
 def test_lr_find_and_predictions_do_not_select(tmp_path):
     learn = digits_learner(path=tmp_path).selective_backprop(**fresh(start=0))
     with learn.no_bar():
@@ -149,12 +182,15 @@ def test_interrupt_and_go_on(n):
 
 
 def test_early_stopping():
-    learn = digits_learner(cbs=EarlyStoppingCallback(monitor="valid_loss", min_delta=10.0, patience=1)).selective_backprop(**fresh(start=0))
+    learn = digits_learner(
+        cbs=EarlyStoppingCallback(monitor="valid_loss", min_delta=10.0, patience=1)
+    ).selective_backprop(**fresh(start=0))
     quiet_fit(learn, 5)
     assert len(learn.sb.log) == 2 and len(learn.metrics) == 1
 
 
-# saving ---------------------------------------------------------------------------------------------------------------------
+# saving -------------------------------------------------------------------------------------------------------------
+# --------
 def test_export_is_small_and_loads(tmp_path):
     sizes = {}
     for name in ("plain", "selective"):
@@ -184,7 +220,10 @@ def test_save_load_and_resume(tmp_path):
     resumed.load("m_1", with_opt=True)
     spy = Spy()
     quiet_fit(resumed, 4, cbs=spy, start_epoch=2)
-    assert resumed.sb.log.epoch.tolist() == [2, 3] and resumed.sb.log.fp.tolist() == [640, 640]  # past `start`: selecting at once
+    assert resumed.sb.log.epoch.tolist() == [2, 3] and resumed.sb.log.fp.tolist() == [
+        640,
+        640,
+    ]  # past `start`: selecting at once
     assert spy.pcts[0] >= 0.5 and resumed.pct_train == pytest.approx(1)
     assert resumed.recorder.lrs[0] < 0.8e-2 and resumed.recorder.lrs[-1] < 1e-4  # half-way down, then to the end
     assert resumed.recorder.values[-1][2] > 0.8
@@ -197,7 +236,8 @@ def test_learner_pickles_in_mid_life():
     assert torch.equal(again.uniform(3, "cpu"), learn.sb.selector.uniform(3, "cpu"))
 
 
-# fastai's callbacks -------------------------------------------------------------------------------------------------------
+# fastai's callbacks
+# -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_mixup_mixes_what_was_selected(mix):
     class Images(nn.Module):
@@ -214,7 +254,9 @@ def test_mixup_mixes_what_was_selected(mix):
     x = x.view(-1, 1, 8, 8)
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
     spy = Spy()
-    learn = Learner(dls, Images(), loss_func=CrossEntropyLossFlat(), cbs=[mix(), spy]).selective_backprop(**fresh(start=1, history=64))
+    learn = Learner(dls, Images(), loss_func=CrossEntropyLossFlat(), cbs=[mix(), spy]).selective_backprop(
+        **fresh(start=1, history=64)
+    )
     quiet_fit(learn, 3)
     originals = {tuple(o.flatten().tolist()) for o in x}
     scored = torch.cat([o for o in learn.model.scored if len(o) == 32])
@@ -234,7 +276,9 @@ def test_gradient_accumulation_counts_what_is_trained():
 
 
 def test_callbacks_together():
-    learn = digits_learner(cbs=[GradientClip(0.1), ActivationStats(), MixedPrecision()]).selective_backprop(**fresh(beta=1, start=0))
+    learn = digits_learner(cbs=[GradientClip(0.1), ActivationStats(), MixedPrecision()]).selective_backprop(
+        **fresh(beta=1, start=0)
+    )
     import warnings
 
     with warnings.catch_warnings():
@@ -254,7 +298,8 @@ def test_autocast_trains_in_bf16_and_scores_in_it():
         learn.validate()
 
 
-# data and models of other kinds ------------------------------------------------------------------------------------------------
+# data and models of other kinds
+# ------------------------------------------------------------------------------------------------
 def test_several_inputs_and_targets():
     x, y = digits(320)
 
@@ -298,7 +343,10 @@ def test_dicts_in_a_batch():
 
 def test_multilabel_and_regression():
     x, y = digits(320)
-    for t, lf, n in ((torch.eye(10)[y], BCEWithLogitsLossFlat(), 10), (torch.stack([y, y]).T.float(), MSELossFlat(), 2)):
+    for t, lf, n in (
+        (torch.eye(10)[y], BCEWithLogitsLossFlat(), 10),
+        (torch.stack([y, y]).T.float(), MSELossFlat(), 2),
+    ):
         ds = list(zip(x, t))
         dls = DataLoaders.from_dsets(ds, ds[:9], bs=32, device="cpu", num_workers=0)
         learn = Learner(dls, nn.Linear(64, n), loss_func=lf).selective_backprop(**fresh(start=0))
@@ -311,7 +359,12 @@ def test_segmentation_keeps_images_whole():
     ds = [(o.view(1, 8, 8), (o.view(8, 8) > 0.5).long()) for o in x]
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     spy = Spy()
-    learn = Learner(DataLoaders.from_dsets(ds, ds[:9], bs=16, device="cpu", num_workers=0), model, loss_func=CrossEntropyLossFlat(axis=1), cbs=spy)
+    learn = Learner(
+        DataLoaders.from_dsets(ds, ds[:9], bs=16, device="cpu", num_workers=0),
+        model,
+        loss_func=CrossEntropyLossFlat(axis=1),
+        cbs=spy,
+    )
     quiet_fit(learn.selective_backprop(**fresh(start=0)), 3)
     for (xb,), (yb,) in spy.batches:
         assert torch.equal((xb[:, 0] > 0.5).long(), yb)
@@ -323,8 +376,12 @@ def test_tabular():
 
     x, y = digits(400)
     cont = [f"p{i}" for i in range(20)]
-    df = pd.DataFrame(x[:, :20].numpy(), columns=cont).assign(kind=[str(int(i) % 3) for i in y], label=[f"d{int(i)}" for i in y])
-    dls = TabularDataLoaders.from_df(df, y_names="label", cat_names=["kind"], cont_names=cont, procs=[Categorify, Normalize], bs=32, device="cpu")
+    df = pd.DataFrame(x[:, :20].numpy(), columns=cont).assign(
+        kind=[str(int(i) % 3) for i in y], label=[f"d{int(i)}" for i in y]
+    )
+    dls = TabularDataLoaders.from_df(
+        df, y_names="label", cat_names=["kind"], cont_names=cont, procs=[Categorify, Normalize], bs=32, device="cpu"
+    )
     learn = tabular_learner(dls, layers=[40]).selective_backprop(**fresh(beta=2))
     quiet_fit(learn, 4)
     assert learn.sb.log.selected[1:].between(0.1, 0.6).all()
@@ -332,7 +389,8 @@ def test_tabular():
 
 
 def test_recurrent_models_return_more_than_a_prediction():
-    "fastai's text classifiers return (prediction, raw, dropped); RNNCallback takes the first. Padding differs from batch to batch"
+    """fastai's text classifiers return (prediction, raw, dropped); RNNCallback takes the first. Padding differs from
+    batch to batch"""
 
     class Rnn(nn.Module):
         def __init__(self):
@@ -399,12 +457,15 @@ def test_channels_last_stays():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)).to(memory_format=torch.channels_last)
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x[:9], y[:9])), bs=32, device="cpu", num_workers=0)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[spy, ToChannelsLast()]).selective_backprop(**fresh(start=0))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[spy, ToChannelsLast()]).selective_backprop(
+        **fresh(start=0)
+    )
     quiet_fit(learn, 2)
     assert spy.batches and all(b[0][0].is_contiguous(memory_format=torch.channels_last) for b in spy.batches)
 
 
-# it learns --------------------------------------------------------------------------------------------------------------------
+# it learns
+# --------------------------------------------------------------------------------------------------------------------
 def test_it_trains_as_well_on_fewer_examples():
     accs = {}
     for name, kw in (("plain", None), ("sb", dict(beta=1)), ("exact", dict(beta=1, exact=True))):

@@ -1,4 +1,5 @@
 "What always holds, in the order of the design: each test fails when its invariant is broken on purpose."
+
 import random
 import warnings
 from functools import partial
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsb.all import *
 
 
-# 1. Off means off ------------------------------------------------------------------------------------------------------
+# 1. Off means off
+# ------------------------------------------------------------------------------------------------------
 class KeepAll(Selector):
     "Scores and draws like any other, and keeps everything"
 
@@ -25,10 +27,19 @@ class KeepAll(Selector):
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("kw", [
-    dict(beta=0), dict(beta=0, batching="prune"), dict(beta=0, exact=True), dict(beta=3, start=2), dict(beta=3, start=0, end=1e-9),
-    dict(selector=KeepAll(), start=0), dict(selector=KeepAll(), start=0, batching="prune"),
-], ids=str)
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(beta=0),
+        dict(beta=0, batching="prune"),
+        dict(beta=0, exact=True),
+        dict(beta=3, start=2),
+        dict(beta=3, start=0, end=1e-9),
+        dict(selector=KeepAll(), start=0),
+        dict(selector=KeepAll(), start=0, batching="prune"),
+    ],
+    ids=str,
+)
 def test_off_is_bit_identical(kw, drop_last):
     if drop_last is False and "selector" in kw and kw.get("batching") != "prune":
         pytest.skip("a short last batch waits for the next epoch, as it should")
@@ -132,7 +143,8 @@ def test_scoring_inside_autocast_does_not_freeze_the_weights():
     assert not torch.equal(scores, sb.score((x, y)))  # outside, it is float32
 
 
-# 2. Nothing lost, nothing twice ------------------------------------------------------------------------------------------
+# 2. Nothing lost, nothing twice
+# ------------------------------------------------------------------------------------------
 class Planted(Spy):
     "Each input carries its own number, and so does its target"
 
@@ -193,14 +205,25 @@ def test_nothing_lost_nothing_twice(batching, exact, drop_last):
         assert (log.left == 0).all()
 
 
-# 3. Schedules stay right --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kw", [dict(beta=1), dict(beta=3, exact=True), dict(beta=2, batching="prune"), dict(beta=3, start=0.3, end=0.8)], ids=str)
+# 3. Schedules stay right
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kw",
+    [dict(beta=1), dict(beta=3, exact=True), dict(beta=2, batching="prune"), dict(beta=3, start=0.3, end=0.8)],
+    ids=str,
+)
 def test_schedule_ends_at_its_end(kw):
     spy = Spy()
     learn = digits_learner(cbs=spy).selective_backprop(**fresh(**kw))
     quiet_fit(learn, 5)
     steps = len(learn.recorder.lrs)
-    assert spy.steps == steps == len(learn.recorder.losses) == len(learn.recorder.hps["lr"]) == len(learn.recorder.hps["mom"])
+    assert (
+        spy.steps
+        == steps
+        == len(learn.recorder.losses)
+        == len(learn.recorder.hps["lr"])
+        == len(learn.recorder.hps["mom"])
+    )
     assert learn.recorder.hps["lr"] == learn.recorder.lrs
     assert spy.pcts == sorted(spy.pcts) and spy.pcts[0] < 0.1 and spy.pcts[-1] > 0.9
     assert learn.pct_train == pytest.approx(1)
@@ -220,7 +243,8 @@ def test_start_and_end():
     assert learn.sb.log.fp.tolist() == [0, 0, 640, 0]
 
 
-# 4. The record is honest -----------------------------------------------------------------------------------------------------
+# 4. The record is honest
+# -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
 def test_train_loss_is_of_what_was_trained(batching):
     spy = Spy()
@@ -260,10 +284,13 @@ def test_candidate_loss_is_over_all_candidates():
         want = F.cross_entropy(learn.model(x), y).item()
     quiet_fit(learn, 3)
     np.testing.assert_allclose(learn.sb.log.candidate_loss, [want] * 3, rtol=1e-4)
-    assert (learn.sb.log.trained_loss[1:] > want).all() and learn.sb.log.trained_loss[0] == pytest.approx(want, rel=1e-4)
+    assert (learn.sb.log.trained_loss[1:] > want).all() and learn.sb.log.trained_loss[0] == pytest.approx(
+        want, rel=1e-4
+    )
 
 
-# 5. The paper's numbers --------------------------------------------------------------------------------------------------------
+# 5. The paper's numbers
+# --------------------------------------------------------------------------------------------------------
 def test_a_whole_fit_against_the_paper():
     "Algorithm 1 in NumPy, fed with the losses and draws of a fit, chooses the same examples in every batch"
 
@@ -305,7 +332,8 @@ def test_training_losses_fill_the_history_before_selection():
     torch.testing.assert_close(values[-1], torch.cat(per_item)[-100:])
 
 
-# 6. Nothing waits -----------------------------------------------------------------------------------------------------------------
+# 6. Nothing waits
+# -----------------------------------------------------------------------------------------------------------------
 class Counter(TorchDispatchMode):
     "Counts the operations, and those that make the host wait for a device"
 
@@ -319,7 +347,8 @@ class Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.ops += 1
         indexed_by_mask = name in ("index", "index_put_", "index_put") and any(
-            t is not None and t.dtype in (torch.bool, torch.uint8) for t in (args[1] if len(args) > 1 else ()))
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in (args[1] if len(args) > 1 else ())
+        )
         to_host = name in ("_to_copy", "copy_") and self._moves_to_host(args, kwargs or {})
         if any(name.startswith(w) for w in self.waits) or indexed_by_mask or to_host:
             self.waiting.append(name)
@@ -388,21 +417,40 @@ def test_the_callback_does_not_wait(exact, allowed):
                 seen.append((learn.epoch, event, c.waiting))
 
     for event in ("_candidates", "before_batch", "after_loss", "after_batch"):
-
         object.__setattr__(cb, event, partial(counted, getattr(cb, event), event))
     quiet_fit(learn, 3)
     assert len(seen) > 150
     assert all(len(w) <= (allowed if event == "_candidates" and epoch else 0) for epoch, event, w in seen), seen
 
 
-# 7. Errors come at the start --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kw,words", [
-    (dict(beta=-0.5), "beta=-0.5"), (dict(beta="2"), "beta='2'"), (dict(beta=float("nan")), "beta=nan"), (dict(beta=True), "beta=True"),
-    (dict(history=0), "history=0"), (dict(history=2.5), "history=2.5"), (dict(start=-1), "start=-1"), (dict(start="1"), "start='1'"),
-    (dict(start=1.0), "start=1.0"), (dict(start=True), "start=True"), (dict(end=0), "end=0"), (dict(end=1.2), "end=1.2"), (dict(start=0.6, end=0.5), "end=0.5"),
-    (dict(exact="yes"), "exact='yes'"), (dict(batching="drop"), "batching='drop'"), (dict(seed=1.5), "seed=1.5"), (dict(selector="topk"), "selector='topk'"),
-    (dict(selector=Percentile(1), beta=2), "not both"), (dict(per_item=1), "per_item=1"), (dict(bata=1), "bata"),
-], ids=str)
+# 7. Errors come at the start
+# --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kw,words",
+    [
+        (dict(beta=-0.5), "beta=-0.5"),
+        (dict(beta="2"), "beta='2'"),
+        (dict(beta=float("nan")), "beta=nan"),
+        (dict(beta=True), "beta=True"),
+        (dict(history=0), "history=0"),
+        (dict(history=2.5), "history=2.5"),
+        (dict(start=-1), "start=-1"),
+        (dict(start="1"), "start='1'"),
+        (dict(start=1.0), "start=1.0"),
+        (dict(start=True), "start=True"),
+        (dict(end=0), "end=0"),
+        (dict(end=1.2), "end=1.2"),
+        (dict(start=0.6, end=0.5), "end=0.5"),
+        (dict(exact="yes"), "exact='yes'"),
+        (dict(batching="drop"), "batching='drop'"),
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(selector="topk"), "selector='topk'"),
+        (dict(selector=Percentile(1), beta=2), "not both"),
+        (dict(per_item=1), "per_item=1"),
+        (dict(bata=1), "bata"),
+    ],
+    ids=str,
+)
 def test_wrong_arguments_are_refused_at_the_call(kw, words):
     learn = digits_learner()
     learn.selective_backprop(**fresh(beta=2.5))
@@ -484,7 +532,8 @@ def test_rows_that_do_not_fit_together_are_pruned_and_it_is_said_once():
         assert (log.bp == log.fp // 2)[log.fp > 0].all() and (log.bp == 48)[log.fp == 0].all() and (log.left == 0).all()
 
 
-# 8. Non-finite losses are never swallowed -------------------------------------------------------------------------------------------
+# 8. Non-finite losses are never swallowed
+# -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("batching", ["accumulate", "prune"])
 def test_non_finite_losses(exact, batching):

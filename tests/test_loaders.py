@@ -1,4 +1,5 @@
 "The items of a batch against indices that are planted in the data, and epochs of chosen items."
+
 import copy
 import math
 import pickle
@@ -13,7 +14,16 @@ from common import NoisyRows, digits, digits_model
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.data.all import CategoryBlock, DataBlock, DataLoader, Datasets, IndexSplitter, RegressionBlock, SkipItemException, TfmdDL
+from fastai.data.all import (
+    CategoryBlock,
+    DataBlock,
+    DataLoader,
+    Datasets,
+    IndexSplitter,
+    RegressionBlock,
+    SkipItemException,
+    TfmdDL,
+)
 from fastai.tabular.core import Categorify, TabularPandas
 from fastai.text.data import LMDataLoader, SortedDL, pad_input
 from fastai.vision.all import Flip, ImageBlock, IntToFloatTensor
@@ -75,14 +85,27 @@ def second(b):
 
 def tabular(n, r, **kwargs):
     df = pd.DataFrame({"a": r.normal(size=n), "c": r.choice(list("xy"), n), "y": np.arange(n) + 1000.0})
-    to = TabularPandas(df, procs=[Categorify], cat_names=["c"], cont_names=["a"], y_names="y", y_block=RegressionBlock(), splits=(list(range(n)), [0]))
+    to = TabularPandas(
+        df,
+        procs=[Categorify],
+        cat_names=["c"],
+        cont_names=["a"],
+        y_names="y",
+        y_block=RegressionBlock(),
+        splits=(list(range(n)), [0]),
+    )
     return to.dataloaders(**kwargs)[0]
 
 
 def blocks(n, r, bs, **kwargs):
     "An image DataBlock whose training set is every other of some pictures; picture i is of colour i"
-    dls = DataBlock((ImageBlock, RegressionBlock), get_x=image, get_y=number, splitter=IndexSplitter(list(range(1, 2 * n, 2))),
-                    batch_tfms=[Flip(p=1.0)]).dataloaders(range(2 * n), bs=bs, device="cpu", **kwargs)
+    dls = DataBlock(
+        (ImageBlock, RegressionBlock),
+        get_x=image,
+        get_y=number,
+        splitter=IndexSplitter(list(range(1, 2 * n, 2))),
+        batch_tfms=[Flip(p=1.0)],
+    ).dataloaders(range(2 * n), bs=bs, device="cpu", **kwargs)
     return dls[0]
 
 
@@ -118,14 +141,21 @@ zoo = {  # how to make a loader of n items; how to read the items off its batch
     "images": (blocks, block_items),
     "arrays": (array_dl, second),
     "own get_idxs": (lambda n, r, **k: DataLoader(Rows(n), get_idxs=lambda: [n - 1, 0, n // 2, 0], n=4, **k), second),
-    "own functions": (lambda n, r, **k: DataLoader(Rows(n), after_batch=lambda b: (b[0], b[1] + 1), after_item=lambda o: o, **k), lambda b: second(b) - 1),
+    "own functions": (
+        lambda n, r, **k: DataLoader(Rows(n), after_batch=lambda b: (b[0], b[1] + 1), after_item=lambda o: o, **k),
+        lambda b: second(b) - 1,
+    ),
 }
 
 
 def plain_state(dl):
     "All attributes but those that any iteration changes; and where the random numbers are"
     changing = "rng", "_DataLoader__idxs", "it", "_types", "_n_inp"
-    return {k: id(v) for k, v in vars(dl).items() if k not in changing}, dl.rng.getstate(), np.random.get_state()[1].tolist()
+    return (
+        {k: id(v) for k, v in vars(dl).items() if k not in changing},
+        dl.rng.getstate(),
+        np.random.get_state()[1].tolist(),
+    )
 
 
 def rewind(dl, seed):
@@ -276,7 +306,15 @@ def test_nothing_chosen_and_too_few_chosen():
         assert len(dl) == 1 and dl.drop_last
     assert dl.drop_last
     dl = DataLoader(Rows(30), bs=4)
-    for k, sizes in ((3, [3]), (1, [2]), (5, [3, 2]), (9, [3, 3, 3]), (10, [4, 4, 2]), (13, [4, 4, 4]), (30, [4] * 7 + [2])):  # no small last batch
+    for k, sizes in (
+        (3, [3]),
+        (1, [2]),
+        (5, [3, 2]),
+        (9, [3, 3, 3]),
+        (10, [4, 4, 2]),
+        (13, [4, 4, 4]),
+        (30, [4] * 7 + [2]),
+    ):  # no small last batch
         with shortened(dl, range(k)):
             assert [len(b[1]) for b in dl] == sizes and len(dl) == len(sizes)
     assert dl.bs == 4
@@ -284,7 +322,9 @@ def test_nothing_chosen_and_too_few_chosen():
     for _ in range(300):
         with shortened(dl, range(13)), ItemTracker(dl) as t:
             waiting.update(set(range(13)) - {i for _ in dl for i in t.items.tolist()})
-    assert sum(waiting.values()) == 300 and len(waiting) == 13 and max(waiting.values()) < 60  # nobody always, though this loader does not shuffle
+    assert (
+        sum(waiting.values()) == 300 and len(waiting) == 13 and max(waiting.values()) < 60
+    )  # nobody always, though this loader does not shuffle
     dl = WeightedDL(Rows(30), wgts=[1.0] + [0.0] * 29, bs=8, shuffle=True, num_workers=0)
     with shortened(dl, [7, 8]):  # it never draws these: an epoch is made of what it draws
         assert [second(b).tolist() for b in dl] == [[0, 0]]
@@ -305,7 +345,12 @@ def test_a_tracked_loader_can_be_copied_and_sent():
     dl = TfmdDL(Rows(9), bs=2, num_workers=0, after_batch=[Flip(p=0.0)])
     with ItemTracker(dl) as t, shortened(dl, [0, 5, 7, 8]):
         n = dl.new(shuffle=False)
-        assert type(n) is TfmdDL and "do_item" not in vars(n) and len(n) == 5 and [second(b).tolist() for b in n][0] == [0, 1]
+        assert (
+            type(n) is TfmdDL
+            and "do_item" not in vars(n)
+            and len(n) == 5
+            and [second(b).tolist() for b in n][0] == [0, 1]
+        )
         assert [b[0].shape for b in n] == [(2, 3)] * 4 + [(1, 3)] and t.items is None
         for sent in (pickle.loads(pickle.dumps(dl)), copy.deepcopy(dl)):
             other = sent.do_item.__self__
@@ -314,7 +359,12 @@ def test_a_tracked_loader_can_be_copied_and_sent():
                 assert torch.equal(other.items, second(b))
             assert second(b).tolist() == [7, 8] and t.items is None
         assert [t.items.tolist() for _ in dl] == [[0, 5], [7, 8]]
-    d2 = DataLoader(Rows(9), bs=2, after_batch=lambda b: (b[0], b[1] * 2), do_batch=lambda b: (torch.stack([o[0] for o in b]), torch.tensor([o[1] for o in b])))
+    d2 = DataLoader(
+        Rows(9),
+        bs=2,
+        after_batch=lambda b: (b[0], b[1] * 2),
+        do_batch=lambda b: (torch.stack([o[0] for o in b]), torch.tensor([o[1] for o in b])),
+    )
     with ItemTracker(d2) as t:
         assert [(t.items + 1000).mul(2).tolist() for _ in d2] == [b[1].tolist() for b in d2.new()]
 
@@ -327,7 +377,11 @@ def test_the_pipeline_is_still_a_pipeline():
         b = next(iter(dl))
         assert dl.after_batch.split_idx == 0  # set by `before_iter`, since it takes it for a Pipeline
         kept = t.items
-        assert dl.decode(b)[0].shape == b[0].shape and len(dl.decode_batch(b)) == 4 and repr(dl.after_batch).startswith("Pipeline")
+        assert (
+            dl.decode(b)[0].shape == b[0].shape
+            and len(dl.decode_batch(b)) == 4
+            and repr(dl.after_batch).startswith("Pipeline")
+        )
         dl.to("cpu")
         assert t.items is kept and any(isinstance(f, Flip) for f in dl.after_batch.fs)
 
@@ -336,11 +390,16 @@ def test_pinning_turns_tuples_to_lists():
     dl = DataLoader(Rows(4), bs=2)
     with ItemTracker(dl) as t:
         dl.pin_memory = True
-        assert dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2), torch.ones(2)]})[0].shape == (2,)
-        assert type(dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2)]})) is tuple and t.items.tolist() == [1, 2]
+        assert dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2), torch.ones(2)]})[0].shape == (
+            2,
+        )
+        assert type(
+            dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2)]})
+        ) is tuple and t.items.tolist() == [1, 2]
 
 
-# Loaders that it cannot work with ---------------------------------------------------------------------------------------------
+# Loaders that it cannot work with
+# ---------------------------------------------------------------------------------------------
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(range(10))
@@ -375,14 +434,20 @@ def lm_loader():
     return LMDataLoader([(torch.arange(50),)], lens=[50], bs=2, seq_len=5)
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: torch.utils.data.DataLoader([1, 2, 3]), "only fastai's DataLoaders"), (lambda: [torch.ones(2)], "only fastai's DataLoaders"),
-    (lambda: DataLoader(Stream(), bs=2), "no indices or no length"), (lambda: DataLoader(Endless(), bs=2), "no indices or no length"),
-    (lambda: DataLoader([torch.ones(2)], bs=None), "bs=None"), (lm_loader, "one long text"),
-    (lambda: DataLoaders(DataLoader(Rows(3), bs=1), DataLoader(Rows(3), bs=1)), "such as dls.train"),
-    (lambda: OwnBatches(Rows(8), bs=4, num_workers=0), "`create_batches` of its own"),
-    (lambda: ByIter(Rows(8), bs=4, num_workers=0), "`__iter__` of its own"),
-])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: torch.utils.data.DataLoader([1, 2, 3]), "only fastai's DataLoaders"),
+        (lambda: [torch.ones(2)], "only fastai's DataLoaders"),
+        (lambda: DataLoader(Stream(), bs=2), "no indices or no length"),
+        (lambda: DataLoader(Endless(), bs=2), "no indices or no length"),
+        (lambda: DataLoader([torch.ones(2)], bs=None), "bs=None"),
+        (lm_loader, "one long text"),
+        (lambda: DataLoaders(DataLoader(Rows(3), bs=1), DataLoader(Rows(3), bs=1)), "such as dls.train"),
+        (lambda: OwnBatches(Rows(8), bs=4, num_workers=0), "`create_batches` of its own"),
+        (lambda: ByIter(Rows(8), bs=4, num_workers=0), "`__iter__` of its own"),
+    ],
+)
 def test_refused_at_the_start(make, says):
     dl = make()
     before = dict(vars(dl)) if hasattr(dl, "__dict__") else None
@@ -410,7 +475,8 @@ def test_refused_on_the_first_batch():
     assert "do_item" not in vars(dl)
 
 
-# In a Learner ---------------------------------------------------------------------------------------------------------------
+# In a Learner
+# ---------------------------------------------------------------------------------------------------------------
 class Watch(Callback):
     "Compares the items with the data in each training batch, and shortens every other epoch"
 
@@ -444,21 +510,28 @@ class Watch(Callback):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_in_a_learner(workers):
     x, y = digits(300)
-    dls = DataLoaders.from_dsets(NoisyRows(x[:200], y[:200], 0), NoisyRows(x[200:], y[200:], 0), bs=32, device="cpu", num_workers=workers)
+    dls = DataLoaders.from_dsets(
+        NoisyRows(x[:200], y[:200], 0), NoisyRows(x[200:], y[200:], 0), bs=32, device="cpu", num_workers=workers
+    )
     before = plain_state(dls.train)[0]
     learn = Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat(), cbs=Watch(x))
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(3 if workers == 0 else 2, 1e-2)
     w = learn.watch
-    assert sum(k for e, k in w.seen if e == 0) == 192 and sum(k for e, k in w.seen if e == 1) == 64 and learn.n_valid == 7
+    assert (
+        sum(k for e, k in w.seen if e == 0) == 192 and sum(k for e, k in w.seen if e == 1) == 64 and learn.n_valid == 7
+    )
     n = len(w.seen)
     assert w.pcts[0] == 0 and (np.diff(w.pcts) > 0).all() and max(w.pcts) < 1 and n == (14 if workers == 0 else 8)
     assert plain_state(dls.train)[0] == before
 
 
 def test_category_blocks_too():
-    dls = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=lambda i: "ab"[i % 2], splitter=IndexSplitter([0, 1])).dataloaders(
-        range(20), bs=4, device="cpu", num_workers=0)
+    dls = DataBlock(
+        (ImageBlock, CategoryBlock), get_x=image, get_y=lambda i: "ab"[i % 2], splitter=IndexSplitter([0, 1])
+    ).dataloaders(range(20), bs=4, device="cpu", num_workers=0)
     with ItemTracker(dls.train) as t:
         for x, y in dls.train:
-            assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), t.items + 2) and torch.equal(torch.Tensor(y).long(), t.items % 2)
+            assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), t.items + 2) and torch.equal(
+                torch.Tensor(y).long(), t.items % 2
+            )

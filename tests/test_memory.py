@@ -1,4 +1,5 @@
 "The memory against plain Python."
+
 import copy
 import math
 import pickle
@@ -42,7 +43,13 @@ class Reference:
 
     def percentile(self, losses):
         seen = np.array([x for x, _ in self.d.values()], dtype=np.float32)
-        return np.array([1 if np.isnan(x) or not len(seen) else np.float32((seen < x).sum()) / np.float32(len(seen)) for x in losses], dtype=np.float32)
+        return np.array(
+            [
+                1 if np.isnan(x) or not len(seen) else np.float32((seen < x).sum()) / np.float32(len(seen))
+                for x in losses
+            ],
+            dtype=np.float32,
+        )
 
 
 @on
@@ -64,10 +71,14 @@ def test_cache_is_what_a_dict_would_be(momentum, dtype, device):
         got = memory.losses().cpu().numpy()
         np.testing.assert_allclose(got, ref.losses(), rtol=1e-6, atol=1e-7)
         assert memory.times().tolist() == ref.times
-        np.testing.assert_array_equal(memory.ages(None, epoch + 2).cpu(), [epoch + 2 - ref.d[i][1] if i in ref.d else np.nan for i in range(n)])
+        np.testing.assert_array_equal(
+            memory.ages(None, epoch + 2).cpu(), [epoch + 2 - ref.d[i][1] if i in ref.d else np.nan for i in range(n)]
+        )
         summary, age = memory.summary(epoch + 2), memory.ages(None, epoch + 2).nanmean().item()
         assert summary["seen"] == len(ref.d)
-        np.testing.assert_allclose([summary["loss"], summary["age"]], [np.nanmean(got) if ref.d else np.nan, age], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            [summary["loss"], summary["age"]], [np.nanmean(got) if ref.d else np.nan, age], rtol=1e-4, atol=1e-5
+        )
         for age in (0, 1, 5):
             aged = memory.losses(epoch=epoch + 3, max_age=age).cpu().numpy()
             np.testing.assert_array_equal(np.isnan(aged), np.isnan(ref.losses(epoch + 3, age)))
@@ -104,7 +115,11 @@ def test_other_forms_of_items_and_losses():
     memory.update(torch.tensor([4], dtype=torch.uint8), torch.ones(1, dtype=torch.float16), epoch=0)
     memory.update([], torch.zeros(0), epoch=0)
     assert memory.losses().nan_to_num(-1).tolist() == [-1, 1, 2, 3, 1]
-    assert not memory.losses().requires_grad and len(memory) == 5 and repr(memory) == "ItemMemory(n_items=5, momentum=0.5), 4 of them seen"
+    assert (
+        not memory.losses().requires_grad
+        and len(memory) == 5
+        and repr(memory) == "ItemMemory(n_items=5, momentum=0.5), 4 of them seen"
+    )
     memory.losses()[:] = 9  # a copy
     assert memory.losses([1]).tolist() == [1]
 
@@ -150,7 +165,9 @@ def test_update_reads_nothing_on_the_host():
     "On the meta device there is nothing to read: whatever would wait for a device raises"
     memory = ItemMemory(1000, device="meta")
     memory.update(torch.zeros(64, dtype=torch.long, device="meta"), torch.zeros(64, device="meta"), epoch=3)
-    assert memory.percentile(memory.losses(torch.zeros(9, dtype=torch.long, device="meta"), epoch=5, max_age=2)).shape == (9,)
+    assert memory.percentile(
+        memory.losses(torch.zeros(9, dtype=torch.long, device="meta"), epoch=5, max_age=2)
+    ).shape == (9,)
     with pytest.raises((RuntimeError, NotImplementedError)):
         repr(memory)
 
@@ -170,9 +187,17 @@ def test_update_does_not_wait_for_the_gpu():
 
 rng = np.random.default_rng(0)
 distributions = {
-    "exponential": rng.exponential(size=3000), "wide": rng.exponential(size=3000) ** 6, "normal": rng.normal(size=3000), "one": np.array([0.7]),
-    "tied": rng.integers(-2, 4, 3000).astype(float), "constant": np.full(500, 0.3), "zeros": np.array([0.0, -0.0] * 50), "tiny": rng.random(500) * 1e-39,
-    "huge": rng.normal(size=500) * 1e38, "close": 1 + rng.random(2000) * 1e-4, "neighbours": np.float32(1) + np.arange(-9, 9) * np.float32(2**-23),
+    "exponential": rng.exponential(size=3000),
+    "wide": rng.exponential(size=3000) ** 6,
+    "normal": rng.normal(size=3000),
+    "one": np.array([0.7]),
+    "tied": rng.integers(-2, 4, 3000).astype(float),
+    "constant": np.full(500, 0.3),
+    "zeros": np.array([0.0, -0.0] * 50),
+    "tiny": rng.random(500) * 1e-39,
+    "huge": rng.normal(size=500) * 1e38,
+    "close": 1 + rng.random(2000) * 1e-4,
+    "neighbours": np.float32(1) + np.arange(-9, 9) * np.float32(2**-23),
 }
 
 
@@ -225,8 +250,14 @@ def test_state_goes_on(kind):
     b.load_state_dict(state)
     for c in (b, pickle.loads(pickle.dumps(a)), copy.deepcopy(a)):
         assert torch.equal(c.times(), a.times())
-        for x, y in ((c.losses(), a.losses()), (c.ages(None, 5), a.ages(None, 5)), (c.percentile(torch.rand(9)[:1]), a.percentile(torch.rand(9)[:1] * 0 + 2))):
-            assert x.shape == y.shape and (x is None or x.shape != a.losses().shape or torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)))
+        for x, y in (
+            (c.losses(), a.losses()),
+            (c.ages(None, 5), a.ages(None, 5)),
+            (c.percentile(torch.rand(9)[:1]), a.percentile(torch.rand(9)[:1] * 0 + 2)),
+        ):
+            assert x.shape == y.shape and (
+                x is None or x.shape != a.losses().shape or torch.equal(x.nan_to_num(-1), y.nan_to_num(-1))
+            )
         q = torch.rand(30)
         assert torch.equal(c.percentile(q), a.percentile(q))
     b.update([0], torch.tensor([9.0]), epoch=4)
@@ -239,26 +270,36 @@ def test_state_goes_on(kind):
 
 def save(o):
     import io
+
     f = io.BytesIO()
     torch.save(o, f)
     f.seek(0)
     return f
 
 
-@pytest.mark.parametrize("call, error, says", [
-    (lambda: ItemMemory(0), ValueError, "n_items=0"), (lambda: ItemMemory(2.5), TypeError, "n_items=2.5"), (lambda: ItemMemory(True), TypeError, "n_items=True"),
-    (lambda: ItemMemory(3, 1), ValueError, "momentum=1"), (lambda: ItemMemory(3, -0.1), ValueError, "momentum=-0.1"),
-    (lambda: ItemMemory(3, "a"), TypeError, "momentum='a'"), (lambda: ItemMemory(3, math.nan), ValueError, "momentum=nan"),
-    (lambda: ItemMemory(3).update([3], torch.ones(1), epoch=0), ValueError, "items holds 3"),
-    (lambda: ItemMemory(3).update([-1], torch.ones(1), epoch=0), ValueError, "holds -1"),
-    (lambda: ItemMemory(3).update([0.5], torch.ones(1), epoch=0), TypeError, "whole numbers"),
-    (lambda: ItemMemory(3).update([True, False, True], torch.ones(3), epoch=0), TypeError, "whole numbers"),
-    (lambda: ItemMemory(3).update([0, 1], torch.ones(3), epoch=0), ValueError, "2 items, but 3 losses"),
-    (lambda: ItemMemory(3).update([0], torch.ones(1), epoch=-1), ValueError, "epoch=-1"),
-    (lambda: ItemMemory(3).update([0], torch.ones(1), epoch=1.5), TypeError, "epoch=1.5"),
-    (lambda: ItemMemory(3).losses([7]), ValueError, "items holds 7"), (lambda: ItemMemory(3).losses(max_age=1), ValueError, "pass epoch="),
-    (lambda: ItemMemory(3).losses(epoch=1, max_age=-1), ValueError, "max_age=-1"), (lambda: ItemMemory(3).ages([0], None), TypeError, "epoch=None"),
-])
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda: ItemMemory(0), ValueError, "n_items=0"),
+        (lambda: ItemMemory(2.5), TypeError, "n_items=2.5"),
+        (lambda: ItemMemory(True), TypeError, "n_items=True"),
+        (lambda: ItemMemory(3, 1), ValueError, "momentum=1"),
+        (lambda: ItemMemory(3, -0.1), ValueError, "momentum=-0.1"),
+        (lambda: ItemMemory(3, "a"), TypeError, "momentum='a'"),
+        (lambda: ItemMemory(3, math.nan), ValueError, "momentum=nan"),
+        (lambda: ItemMemory(3).update([3], torch.ones(1), epoch=0), ValueError, "items holds 3"),
+        (lambda: ItemMemory(3).update([-1], torch.ones(1), epoch=0), ValueError, "holds -1"),
+        (lambda: ItemMemory(3).update([0.5], torch.ones(1), epoch=0), TypeError, "whole numbers"),
+        (lambda: ItemMemory(3).update([True, False, True], torch.ones(3), epoch=0), TypeError, "whole numbers"),
+        (lambda: ItemMemory(3).update([0, 1], torch.ones(3), epoch=0), ValueError, "2 items, but 3 losses"),
+        (lambda: ItemMemory(3).update([0], torch.ones(1), epoch=-1), ValueError, "epoch=-1"),
+        (lambda: ItemMemory(3).update([0], torch.ones(1), epoch=1.5), TypeError, "epoch=1.5"),
+        (lambda: ItemMemory(3).losses([7]), ValueError, "items holds 7"),
+        (lambda: ItemMemory(3).losses(max_age=1), ValueError, "pass epoch="),
+        (lambda: ItemMemory(3).losses(epoch=1, max_age=-1), ValueError, "max_age=-1"),
+        (lambda: ItemMemory(3).ages([0], None), TypeError, "epoch=None"),
+    ],
+)
 def test_errors_name_the_argument(call, error, says):
     with pytest.raises(error, match=says):
         call()

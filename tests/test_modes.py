@@ -1,4 +1,5 @@
 "Remembered losses: stale, cached and two-stage scores, InfoBatch. What is dropped is not loaded, and all comes back."
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,11 @@ def planted_learner(n=600, bs=32, cbs=None, losses=None, drop_last=False, **kwar
 
 
 def loader_state(learn):
-    return {k: v for k, v in vars(learn.dls.train).items() if k not in ("_DataLoader__idxs", "rng", "it", "_n_inp", "_types")}  # what fastai itself adds
+    return {
+        k: v
+        for k, v in vars(learn.dls.train).items()
+        if k not in ("_DataLoader__idxs", "rng", "it", "_n_inp", "_types")
+    }  # what fastai itself adds
 
 
 def same_loader(learn, before, dl):
@@ -47,8 +52,16 @@ def same_loader(learn, before, dl):
     assert all(now[k] is before[k] or now[k] == before[k] for k in now)
 
 
-modes = [dict(stale=3), dict(score="cached"), dict(score="two_stage"), dict(score="cached", selector=InfoBatch()), dict(score="cached", selector=OrderedPool()),
-         dict(score="cached", exact=True), dict(stale=2, batching="prune"), dict(score="cached", rescale="inverse")]
+modes = [
+    dict(stale=3),
+    dict(score="cached"),
+    dict(score="two_stage"),
+    dict(score="cached", selector=InfoBatch()),
+    dict(score="cached", selector=OrderedPool()),
+    dict(score="cached", exact=True),
+    dict(stale=2, batching="prune"),
+    dict(score="cached", rescale="inverse"),
+]
 
 
 @pytest.mark.parametrize("kw", modes, ids=str)
@@ -78,7 +91,9 @@ def test_what_is_dropped_is_not_loaded_and_counts_add_up(kw, drop_last):
     log = learn.sb.log
     full = n // 32 * 32 if drop_last else n
     assert log.candidates.tolist() == [full] * 8 and log.loads[0] == full
-    assert all(loaded >= row.loads and loaded - row.loads < 32 for (loaded, *_), row in zip(per_epoch, log.itertuples()))  # drop_last leaves some
+    assert all(
+        loaded >= row.loads and loaded - row.loads < 32 for (loaded, *_), row in zip(per_epoch, log.itertuples())
+    )  # drop_last leaves some
     assert all(n == ran for _, n, ran in per_epoch)  # the length that the schedules and the progress bar were told
     assert [sum(len(ids) for e, ids in trained if e == i) for i in range(8)] == log.bp.tolist()
     assert spy.pcts == sorted(spy.pcts) and learn.pct_train == pytest.approx(1)
@@ -91,7 +106,11 @@ def test_what_is_dropped_is_not_loaded_and_counts_add_up(kw, drop_last):
     elif kw["score"] == "cached":
         assert (log.fp == 0).all() and (log.loads == log.bp).all()
     else:
-        assert log.loads[1:].between(0.7 * n, 0.9 * n).all() and (log.fp[1:] == log.loads[1:]).all() and (log.bp[1:] < 0.7 * n).all()
+        assert (
+            log.loads[1:].between(0.7 * n, 0.9 * n).all()
+            and (log.fp[1:] == log.loads[1:]).all()
+            and (log.bp[1:] < 0.7 * n).all()
+        )
 
 
 def test_cached_choices_are_the_papers_on_all_items():
@@ -141,12 +160,16 @@ def test_old_items_come_back():
 
     quiet_fit(learn, 30, cbs=Watch())
     waits = [np.diff([*s, 29]) for s in seen.values()]
-    assert max(w.max() for w in waits) == 4 and learn.sb.log.loads.min() <= 20  # not loaded for 3 epochs, then all of them
+    assert (
+        max(w.max() for w in waits) == 4 and learn.sb.log.loads.min() <= 20
+    )  # not loaded for 3 epochs, then all of them
     learn, ds = planted_learner(200, score="cached", beta=8, max_age=3, seed=0)
     seen.update({i: [] for i in range(200)})
     quiet_fit(learn, 30, cbs=Watch())
     waits = [np.diff([*s, 29]).max() for s in seen.values()]  # drawn each by itself: back after 3 epochs of absence...
-    assert max(waits) <= 5 and np.mean(np.array(waits) > 4) < 0.05  # ...or one more, for one that would have been alone in the last batch
+    assert (
+        max(waits) <= 5 and np.mean(np.array(waits) > 4) < 0.05
+    )  # ...or one more, for one that would have been alone in the last batch
 
 
 def test_weights_of_dropped_items():
@@ -229,7 +252,11 @@ def test_cancelled_fits_put_all_back():
 
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_weights_are_not_for_mixtures(mix):
-    for kw in (dict(score="cached", rescale="inverse"), dict(rescale="sum"), dict(score="cached", selector=InfoBatch())):
+    for kw in (
+        dict(score="cached", rescale="inverse"),
+        dict(rescale="sum"),
+        dict(score="cached", selector=InfoBatch()),
+    ):
         learn = digits_learner(cbs=mix()).selective_backprop(**fresh(**kw))
         with pytest.raises(ValueError, match=f"{mix.__name__} mixes them: use rescale='mean'"):
             quiet_fit(learn, 1)
@@ -238,19 +265,32 @@ def test_weights_are_not_for_mixtures(mix):
 def test_loaders_that_do_not_tell_are_refused_before_the_fit():
     x, y = digits(64)
     ds = torch.utils.data.TensorDataset(x, y)
-    torch_dls = DataLoaders(torch.utils.data.DataLoader(ds, batch_size=32), torch.utils.data.DataLoader(ds, batch_size=32))
+    torch_dls = DataLoaders(
+        torch.utils.data.DataLoader(ds, batch_size=32), torch.utils.data.DataLoader(ds, batch_size=32)
+    )
     spy = Spy()
-    learn = Learner(torch_dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=spy).selective_backprop(**fresh(score="cached"))
+    learn = Learner(torch_dls, digits_model(), loss_func=nn.CrossEntropyLoss(), cbs=spy).selective_backprop(
+        **fresh(score="cached")
+    )
     with pytest.raises(ValueError, match="score='model'"):
         quiet_fit(learn, 1)
     assert not getattr(spy, "batches", None)
     quiet_fit(learn.selective_backprop(**fresh()), 1)
 
 
-@pytest.mark.parametrize("kw,words", [
-    (dict(score="cache"), "score='cache'"), (dict(stale=0), "stale=0"), (dict(stale=1.5), "stale=1.5"), (dict(stale=2, score="cached"), "stale=2"),
-    (dict(max_age=0), "max_age=0"), (dict(momentum=2), "momentum=2"), (dict(pool=3), "pool=3"),
-], ids=str)
+@pytest.mark.parametrize(
+    "kw,words",
+    [
+        (dict(score="cache"), "score='cache'"),
+        (dict(stale=0), "stale=0"),
+        (dict(stale=1.5), "stale=1.5"),
+        (dict(stale=2, score="cached"), "stale=2"),
+        (dict(max_age=0), "max_age=0"),
+        (dict(momentum=2), "momentum=2"),
+        (dict(pool=3), "pool=3"),
+    ],
+    ids=str,
+)
 def test_wrong_arguments(kw, words):
     with pytest.raises((ValueError, TypeError), match=words):
         digits_learner().selective_backprop(**fresh(**kw))
@@ -267,7 +307,9 @@ def test_predictions_are_not_remembered():
 
 def test_they_all_learn():
     accs = {}
-    for name, kw in dict(plain=None, stale=dict(stale=3), cached=dict(score="cached"), two=dict(score="two_stage")).items():
+    for name, kw in dict(
+        plain=None, stale=dict(stale=3), cached=dict(score="cached"), two=dict(score="two_stage")
+    ).items():
         learn = digits_learner(n=1400)
         if kw is not None:
             learn.selective_backprop(**fresh(**kw))
@@ -285,7 +327,9 @@ def test_schedule_and_resume(tmp_path):
     again = digits_learner(path=tmp_path).selective_backprop(**fresh(score="cached"))
     again.load("m")
     quiet_fit(again, 6, start_epoch=4)
-    assert again.sb.log.selected.tolist()[0] == 1 and again.sb.log.selected.tolist()[1] < 0.7  # nothing remembered yet: everything is loaded once
+    assert (
+        again.sb.log.selected.tolist()[0] == 1 and again.sb.log.selected.tolist()[1] < 0.7
+    )  # nothing remembered yet: everything is loaded once
 
 
 def test_beta_0_loads_everything():

@@ -201,3 +201,20 @@ def test_the_citation_is_of_this_version():
     assert cff["repository-code"] == s["repository"] and cff["url"] == s["documentation"]
     assert cff["keywords"] == s["keywords"].split()
     assert cff["references"][0]["url"].endswith("1910.00762")
+
+
+def test_lines_are_short():
+    "At most 120 characters; but for `__all__`, which nbdev writes"
+    for path in modules:
+        if path.name == "_modidx.py":
+            continue
+        text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(), flags=re.M | re.S)
+        long = [line for line in text.splitlines() if len(line) > 120]
+        assert not long, f"{path.name}: {long[0]}"
+
+
+def test_no_room_imports_anothers_private_names():
+    for path in modules:
+        for names in re.findall(r"^from \.+[\w.]* import \(?(.*?)\)?$", path.read_text(), re.M | re.S):
+            private = re.findall(r"\b_[a-z]\w*", names.split("\n\n")[0])
+            assert not private, f"{path.name} imports {private}"

@@ -1,4 +1,5 @@
 "The code in README.md does what it says."
+
 import re
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def test_the_loop_of_ones_own():
     exec(code, scope)
     log = scope["sampler"].log
     trained = [r["bp"] for r in log]  # items that were not seen for long come back
-    assert trained[0] == trained[9] == 1408 and all(704 <= n < 900 for n in trained[1:9]) and sum(r["fp"] for r in log) == 0
+    assert (
+        trained[0] == trained[9] == 1408
+        and all(704 <= n < 900 for n in trained[1:9])
+        and sum(r["fp"] for r in log) == 0
+    )
     assert scope["sampler"].memory.times().sum() == sum(r["bp"] for r in log)
     assert (model.eval()(x[1408:]).argmax(1) == y[1408:]).float().mean() > 0.85

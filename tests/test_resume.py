@@ -1,4 +1,5 @@
 "A fit that was killed goes on bit for bit as one that was not."
+
 import multiprocessing as mp
 import os
 import signal
@@ -76,16 +77,33 @@ def test_nothing_is_loaded_that_does_not_fit(tmp_path):
     other = {
         "of 320 items, this one of 640": (digits_learner(n=640, path=tmp_path).selective_backprop(), state),
         "is of SelectiveBackpropCallback\\(Uncertainty": (digits_learner(n=320).selective_backprop(beta=1), state),
-        "lacks \\['rng'\\]": (digits_learner(n=320).selective_backprop(), {k: v for k, v in state.items() if k != "rng"}),
+        "lacks \\['rng'\\]": (
+            digits_learner(n=320).selective_backprop(),
+            {k: v for k, v in state.items() if k != "rng"},
+        ),
         "has a sampler|has no engine": (digits_learner(n=320).selective_backprop(), dict(state, sampler=None)),
         "loss must be a torch.float32 tensor of shape": (
-            digits_learner(n=320).selective_backprop(), dict(state, sampler=dict(state["sampler"], memory=dict(memory, loss=memory["loss"][:5])))),
+            digits_learner(n=320).selective_backprop(),
+            dict(state, sampler=dict(state["sampler"], memory=dict(memory, loss=memory["loss"][:5]))),
+        ),
         "less than 0 times": (
-            digits_learner(n=320).selective_backprop(), dict(state, sampler=dict(state["sampler"], memory=dict(memory, times=-memory["times"])))),
-        "counts": (digits_learner(n=320).selective_backprop(), dict(state, record=dict(state["record"], counts=dict(candidates=-1, fp=0, bp=0)))),
+            digits_learner(n=320).selective_backprop(),
+            dict(state, sampler=dict(state["sampler"], memory=dict(memory, times=-memory["times"]))),
+        ),
+        "counts": (
+            digits_learner(n=320).selective_backprop(),
+            dict(state, record=dict(state["record"], counts=dict(candidates=-1, fp=0, bp=0))),
+        ),
     }
     for words, (learn, bad) in other.items():
-        want = weights(quiet_fit(digits_learner(n=len(learn.dls.train_ds.x)).selective_backprop(**({"beta": 1} if "Uncertainty" in words else {})), 3))
+        want = weights(
+            quiet_fit(
+                digits_learner(n=len(learn.dls.train_ds.x)).selective_backprop(
+                    **({"beta": 1} if "Uncertainty" in words else {})
+                ),
+                3,
+            )
+        )
         with pytest.raises(ValueError, match=words if "sampler|" not in words else "saved state has"):
             learn.sb.load_state_dict(bad)
         torch.manual_seed(0)
@@ -120,5 +138,9 @@ def test_fine_tune_is_quiet_and_ends_whole(capsys):
     with learn.no_bar():
         learn.fine_tune(4)
     log = learn.sb.log
-    assert log.fit.tolist() == [0, 1, 1, 1, 1] and log.selected.tolist() == [1, 1, 0.5, 0.5, 1] and "fastsb" not in capsys.readouterr().out
+    assert (
+        log.fit.tolist() == [0, 1, 1, 1, 1]
+        and log.selected.tolist() == [1, 1, 0.5, 0.5, 1]
+        and "fastsb" not in capsys.readouterr().out
+    )
     assert EPOCHS == 6

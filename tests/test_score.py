@@ -1,4 +1,6 @@
-"Scorers: in the engine and in a fastai fit, against passes written here; compiled models; nothing is recompiled, nothing waits."
+"""Scorers: in the engine and in a fastai fit, against passes written here; compiled models; nothing is recompiled,
+nothing waits."""
+
 import copy
 import random
 from functools import partial
@@ -15,8 +17,19 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastsb.all import (BatchLossFilterCallback, Doubtful, GradNorm, Percentile, Proxy, ReducibleLoss, Scorer, SelectiveBackprop,
-                        SelectiveBackpropCallback, TopK, as_scorer)
+from fastsb.all import (
+    BatchLossFilterCallback,
+    Doubtful,
+    GradNorm,
+    Percentile,
+    Proxy,
+    ReducibleLoss,
+    Scorer,
+    SelectiveBackprop,
+    SelectiveBackpropCallback,
+    TopK,
+    as_scorer,
+)
 from fastsb.data import image_dls, load_arrays
 
 
@@ -73,10 +86,16 @@ def test_scores_are_those_of_a_pass_written_here():
     torch.testing.assert_close(mine, x.mean(1))
 
 
-@pytest.mark.parametrize("score", ["model", Scorer(precision="bf16", channels_last=True), Scorer(size=0.75), "proxy", "frozen", "function"], ids=str)
+@pytest.mark.parametrize(
+    "score",
+    ["model", Scorer(precision="bf16", channels_last=True), Scorer(size=0.75), "proxy", "frozen", "function"],
+    ids=str,
+)
 def test_a_fit_with_each_scorer(score):
     "Trains on exactly half; everything is accounted for; the last epoch's own batch is of full size"
-    score = dict(proxy=Proxy(conv_net(3), every=2), frozen=Proxy(conv_net(3), every=None), function=lambda m, b: -m(b[0]).amax(1)).get(str(score), score)
+    score = dict(
+        proxy=Proxy(conv_net(3), every=2), frozen=Proxy(conv_net(3), every=None), function=lambda m, b: -m(b[0]).amax(1)
+    ).get(str(score), score)
     spy = Spy()
     learn = image_learner(cbs=spy).selective_backprop(**fresh(score=score))
     quiet_fit(learn, 3)
@@ -96,7 +115,9 @@ def test_off_means_off_with_a_proxy(kw):
     proxy = Proxy(conv_net(3), every=1)
     plain = weights(quiet_fit(image_learner()))
     assert same(plain, weights(quiet_fit(image_learner().selective_backprop(**fresh(score=proxy, **kw)))))
-    assert (proxy.opt is not None) == ("start" in kw and kw["start"] == 5)  # where nothing can ever be left out, it need not learn
+    assert (proxy.opt is not None) == (
+        "start" in kw and kw["start"] == 5
+    )  # where nothing can ever be left out, it need not learn
 
 
 def test_no_trace_also_when_the_scorer_raises():
@@ -158,7 +179,9 @@ def test_a_proxy_is_trained_on_what_mixup_has_not_mixed():
 
 
 def test_percentiles_do_not_mix_scales():
-    "Losses that training leaves behind are no yardstick for the scores of a smaller network; those of the model itself are"
+    """Losses that training leaves behind are no yardstick for the scores of a smaller network; those of the model
+    itself are"""
+
     def at_start(score):
         held = []
 
@@ -171,15 +194,25 @@ def test_percentiles_do_not_mix_scales():
         return held[0]
 
     assert at_start("model") == 512 + 64 and at_start(Scorer(precision="bf16")) == 512 + 64
-    assert at_start(Scorer(size=0.75)) == at_start(Proxy(conv_net(3))) == at_start(lambda m, b: b[0].mean((1, 2, 3))) == 64
+    assert (
+        at_start(Scorer(size=0.75)) == at_start(Proxy(conv_net(3))) == at_start(lambda m, b: b[0].mean((1, 2, 3))) == 64
+    )
 
 
 def test_what_does_not_fit_is_known_on_the_first_batch():
     "Selection would begin in the third epoch; the error comes in the first"
-    for learn, score, words in ((digits_learner(), Scorer(size=0.5), "Only images"), (digits_learner(), Scorer(channels_last=True), "Only images"),
-                                (image_learner(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Scorer(size=0.5), "cannot score these batches"),
-                                (image_learner(), Proxy(digits_model()), "cannot score these batches"),
-                                (image_learner(), lambda m, b: torch.zeros(3), "one number a row"), (image_learner(), lambda m, b: 1.0, "one number a row")):
+    for learn, score, words in (
+        (digits_learner(), Scorer(size=0.5), "Only images"),
+        (digits_learner(), Scorer(channels_last=True), "Only images"),
+        (
+            image_learner(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10))),
+            Scorer(size=0.5),
+            "cannot score these batches",
+        ),
+        (image_learner(), Proxy(digits_model()), "cannot score these batches"),
+        (image_learner(), lambda m, b: torch.zeros(3), "one number a row"),
+        (image_learner(), lambda m, b: 1.0, "one number a row"),
+    ):
         learn.selective_backprop(**fresh(score=score, start=2))
         before = weights(learn)
         with pytest.raises(ValueError, match=words):
@@ -187,10 +220,18 @@ def test_what_does_not_fit_is_known_on_the_first_batch():
         assert same(before, weights(learn)) and "one_batch" not in vars(learn)
 
 
-@pytest.mark.parametrize("kw,words", [
-    (dict(score="models"), "score='models' must be"), (dict(score=None), "score=None must be"), (dict(score=nn.Linear(2, 2)), "pass Proxy"),
-    (dict(score=Scorer), "is a class"), (dict(score=lambda m, b: 0, selector=GradNorm()), "needs predictions"),
-    (dict(score=Scorer(size=0.5), stale=2), "stale=2"), (dict(score=Proxy(nn.Linear(2, 2)), stale=3), "stale=3")])
+@pytest.mark.parametrize(
+    "kw,words",
+    [
+        (dict(score="models"), "score='models' must be"),
+        (dict(score=None), "score=None must be"),
+        (dict(score=nn.Linear(2, 2)), "pass Proxy"),
+        (dict(score=Scorer), "is a class"),
+        (dict(score=lambda m, b: 0, selector=GradNorm()), "needs predictions"),
+        (dict(score=Scorer(size=0.5), stale=2), "stale=2"),
+        (dict(score=Proxy(nn.Linear(2, 2)), stale=3), "stale=3"),
+    ],
+)
 def test_refused_at_the_call(kw, words):
     with pytest.raises((ValueError, TypeError), match=words):
         SelectiveBackpropCallback(**fresh(**kw))
@@ -198,9 +239,14 @@ def test_refused_at_the_call(kw, words):
 
 def test_scorers_and_other_settings():
     quiet_fit(image_learner().selective_backprop(**fresh(score=Scorer(precision="bf16"), stale=2)), 3)
-    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Proxy(conv_net(3)), selector=GradNorm(), rescale="mean")), 2)
+    learn = quiet_fit(
+        image_learner().selective_backprop(**fresh(score=Proxy(conv_net(3)), selector=GradNorm(), rescale="mean")), 2
+    )
     assert learn.sb.counts["candidates"] == 1024
-    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Scorer(size=0.75), selector=ReducibleLoss(torch.zeros(512)))), 2)
+    learn = quiet_fit(
+        image_learner().selective_backprop(**fresh(score=Scorer(size=0.75), selector=ReducibleLoss(torch.zeros(512)))),
+        2,
+    )
     assert learn.sb.counts["fp"] == 512
 
 
@@ -221,7 +267,9 @@ def test_several_inputs():
         data = TensorDataset(x, t, y)
         data.n_inp = 2
         dls = DataLoaders.from_dsets(data, data, bs=32, device="cpu", num_workers=0)
-        return Learner(dls, TwoInputs(), loss_func=nn.CrossEntropyLoss()).selective_backprop(**fresh(score=score, start=0))
+        return Learner(dls, TwoInputs(), loss_func=nn.CrossEntropyLoss()).selective_backprop(
+            **fresh(score=score, start=0)
+        )
 
     learn = learner(Scorer(size=0.5, input=0))
     quiet_fit(learn, 1)
@@ -233,14 +281,21 @@ def test_several_inputs():
 
 
 def test_export_stays_small_and_loads(tmp_path):
-    learn = quiet_fit(image_learner().selective_backprop(**fresh(score=Proxy(conv_net(64, pool=2), every=1, compile=dict(backend="eager")))), 2)
+    learn = quiet_fit(
+        image_learner().selective_backprop(
+            **fresh(score=Proxy(conv_net(64, pool=2), every=1, compile=dict(backend="eager")))
+        ),
+        2,
+    )
     learn.path = tmp_path
     learn.export("l.pkl")
     proxy_bytes = sum(p.nbytes for p in learn.sb.scorer.model.parameters())
     plain = image_learner()
     plain.path = tmp_path
     plain.export("p.pkl")
-    assert (tmp_path / "l.pkl").stat().st_size < (tmp_path / "p.pkl").stat().st_size + 1.5 * proxy_bytes + 20_000  # no optimiser state, no code, no buffers
+    assert (tmp_path / "l.pkl").stat().st_size < (
+        tmp_path / "p.pkl"
+    ).stat().st_size + 1.5 * proxy_bytes + 20_000  # no optimiser state, no code, no buffers
     loaded = load_learner(tmp_path / "l.pkl")
     assert loaded.sb.scorer.opt is None and same(loaded.sb.scorer.model[0].weight, learn.sb.scorer.model[0].weight)
 
@@ -250,15 +305,23 @@ def test_the_filter_takes_no_scorer():
         BatchLossFilterCallback(score=Scorer())
 
 
-# compiled ---------------------------------------------------------------------------------------------------------------------------
+# compiled -----------------------------------------------------------------------------------------------------------
+# ----------------
 def test_compiled_models_are_not_compiled_again():
-    "50 steps of a compiled, channels_last model with a compiled scorer, after 6 of warm-up; the compiler is PyTorch's, its code generation left out"
+    """50 steps of a compiled, channels_last model with a compiled scorer, after 6 of warm-up; the compiler is
+    PyTorch's, its code generation left out"""
     torch._dynamo.reset()
     set_seed(0)
     model = conv_net(c_in=3).to(memory_format=torch.channels_last)
     training, scoring = CompileCounter(), CompileCounter()
-    compiled, opt, loss_func = torch.compile(model, backend=training), torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), nn.CrossEntropyLoss()
-    sb = SelectiveBackprop(model, loss_func, 32, start=1, score=Scorer(size=0.5, channels_last=True, compile=dict(backend=scoring)))
+    compiled, opt, loss_func = (
+        torch.compile(model, backend=training),
+        torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+        nn.CrossEntropyLoss(),
+    )
+    sb = SelectiveBackprop(
+        model, loss_func, 32, start=1, score=Scorer(size=0.5, channels_last=True, compile=dict(backend=scoring))
+    )
     x, y = torch.randn(64 * 32, 3, 8, 8).to(memory_format=torch.channels_last), torch.arange(64 * 32) % 10
     data, frames, steps = [(x[i : i + 32], y[i : i + 32]) for i in range(0, len(x), 32)], [], 0
     for batches in (data[:4], data[:12], data, data):
@@ -277,7 +340,8 @@ def test_compiled_models_are_not_compiled_again():
 
 @pytest.mark.parametrize("kw", [dict(), dict(score=Scorer(precision="bf16")), dict(score="cached")], ids=str)
 def test_a_learner_with_a_compiled_model(kw):
-    "learn.model = torch.compile(...), and a loader that drops the odd last batch: a graph to train, one to score, one to validate, and then no more"
+    """learn.model = torch.compile(...), and a loader that drops the odd last batch: a graph to train, one to score,
+    one to validate, and then no more"""
     torch._dynamo.reset()
     counter, frames = CompileCounter(), []
     learn = image_learner(n=640, model=conv_net().to(memory_format=torch.channels_last))
@@ -312,21 +376,35 @@ def test_as_scorer_gives_back_a_scorer():
     assert as_scorer(s) is s and repr(s) == "Scorer(size=0.5)" and as_scorer("model").own and not s.own
 
 
-# nothing waits ------------------------------------------------------------------------------------------------------------------------
-KINDS = [None, dict(), dict(score=Scorer(precision="bf16")), dict(score=Scorer(size=0.75, channels_last=True)), dict(score=Doubtful(0.5)),
-         dict(score="proxy"), dict(score="cached"), dict(score=lambda m, b: b[0].mean((1, 2, 3)))]
+# nothing waits ------------------------------------------------------------------------------------------------------
+# ------------------
+KINDS = [
+    None,
+    dict(),
+    dict(score=Scorer(precision="bf16")),
+    dict(score=Scorer(size=0.75, channels_last=True)),
+    dict(score=Doubtful(0.5)),
+    dict(score="proxy"),
+    dict(score="cached"),
+    dict(score=lambda m, b: b[0].mean((1, 2, 3))),
+]
 
 
 @pytest.mark.parametrize("kw", KINDS, ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
-    "Of the callback's own events in a fit; that an epoch is read out, or chosen, at its end or beginning is not of a step"
+    """Of the callback's own events in a fit; that an epoch is read out, or chosen, at its end or beginning is not of
+    a step"""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     if kw and kw.get("score") == "proxy":
-        kw = dict(score=Proxy(conv_net(3), every=1, opt_func=partial(torch.optim.SGD, lr=0.1)))  # AdamW keeps a number on the host, and reads that
+        kw = dict(
+            score=Proxy(conv_net(3), every=1, opt_func=partial(torch.optim.SGD, lr=0.1))
+        )  # AdamW keeps a number on the host, and reads that
     if device == "cpu":
-        monkeypatch.setattr("fastsb.memory.as_items", lambda items, n: items)  # it looks at indices on the host only, where that is free
+        monkeypatch.setattr(
+            "fastsb.memory.as_items", lambda items, n: items
+        )  # it looks at indices on the host only, where that is free
     learn = image_learner(device=device).selective_backprop(**({} if kw is None else fresh(**kw)))  # None: the default
     seen, sb = [], learn.sb
 
@@ -344,9 +422,11 @@ def test_a_step_of_the_default_mode_waits_for_nothing(kw, device, monkeypatch):
     assert [s for s in seen[3:] if s[2]] == []
 
 
-# only those in doubt ----------------------------------------------------------------------------------------------------------------
+# only those in doubt
+# ----------------------------------------------------------------------------------------------------------------
 def test_doubtful_in_a_fit_against_an_account_kept_here():
-    "Which rows are scored afresh, what the others count as, and what is remembered: followed by hand through a whole fit"
+    """Which rows are scored afresh, what the others count as, and what is remembered: followed by hand through a
+    whole fit"""
     B, share, n = 64, 0.25, 512
     seen, memory = [], torch.full((n,), torch.nan)
 
@@ -379,7 +459,9 @@ def test_doubtful_in_a_fit_against_an_account_kept_here():
 
         def after_loss(self):
             if self.training:
-                l = F.cross_entropy(self.pred.detach().as_subclass(torch.Tensor), self.y.as_subclass(torch.Tensor), reduction="none")
+                l = F.cross_entropy(
+                    self.pred.detach().as_subclass(torch.Tensor), self.y.as_subclass(torch.Tensor), reduction="none"
+                )
                 items = self.learn.sb._rows
                 memory[items] = torch.where(memory[items].isnan(), l, 0.5 * memory[items] + 0.5 * l)
 
@@ -396,5 +478,7 @@ def test_doubtful_needs_to_remember():
     sb = SelectiveBackprop(digits_model(), nn.CrossEntropyLoss(), 16, start=0, score=Doubtful(0.5))
     x, y = torch.randn(32, 64), torch.arange(32) % 10
     assert len(sb.offer((x, y), remembered=torch.rand(32))) == 1 and sb.counts == dict(candidates=32, fp=16, bp=16)
-    learn = quiet_fit(image_learner(cbs=MixUp()).selective_backprop(**fresh(score=Doubtful())), 2)  # what is mixed is booked to the row's own item
+    learn = quiet_fit(
+        image_learner(cbs=MixUp()).selective_backprop(**fresh(score=Doubtful())), 2
+    )  # what is mixed is booked to the row's own item
     assert learn.sb.sampler.memory.losses().isfinite().all()

@@ -25,8 +25,8 @@ verdict is *ahead*, *behind*, *faster* or *slower* where the interval excludes n
 of twenty methods that are no different, one will stand out by chance. Shares of the candidates: kept (trained on),
 scored, loaded. wall/ref: real seconds for a second of reference time."""
 
-_shares = """Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; the interval is
-made of all shares that paired t-tests do not contradict)"""
+_shares = """Time to plain training's accuracy, as a share of plain training's budget (below 1 is faster; the interval
+is made of all shares that paired t-tests do not contradict)"""
 
 _leads = """What the best lead is worth: if a doubling of the time brings plain training g points, a lead of l is worth
 about 2^(-l/g) of the time"""
