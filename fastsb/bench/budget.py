@@ -10,13 +10,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
 from fastai.learner import Learner
 from torch import Tensor
 
 from .command import whole_number
 from .prices import no_counts, price_name, spent
 from ..callback import SelectiveBackpropCallback
+from ..guest import Guest
 from ..learner import Autocast
 from ..check import check_positive
 from ..score import scoring
@@ -39,7 +40,7 @@ def account(
 # %% ../../nbs/bench/11_budget.ipynb #1d5df842
 endless = 10**6 # epochs: more than any budget
 
-class Budget(Callback):
+class Budget(Guest):
     "Counts what training costs, and ends the fit when the budget is spent. Schedules follow the share that is spent"
     order,run_valid,name = -9,False,'budget' # after TrainEvalCallback, whose `pct_train` it sets; before who selects
     def __init__(self,
@@ -72,6 +73,17 @@ class Budget(Callback):
         self.spent = self._start = spent(self.counts, self.costs)
         self.trained,self.over = 0,False
         self._at = dict(candidates=0, fp=0)
+        self.put('all_batches', self._all_batches)
+
+    def _all_batches(self):
+        "As fastai's; but after each batch of candidates, trained on or not, what it has cost is counted"
+        learn = self.learn
+        learn.n_iter = len(learn.dl)
+        for i,b in enumerate(learn.dl):
+            learn.one_batch(i, b)
+            if not learn.training: continue
+            self._count(0)
+            if self.over: raise CancelTrainException
 
     def _priced(self):
         "The name of the scorer in use, whose price must be known"
@@ -90,20 +102,22 @@ class Budget(Callback):
         if self.examples is not None: return min(self.trained/self.examples, 1.)
         return min((self.spent-self._start)/(self.seconds-self._start), 1.)
 
+    @property
+    def candidates(self) -> int:
+        "Items that were offered to who selects, as far as they are accounted for"
+        return self._at['candidates']
+
     def before_train(self):
         self.learn.pct_train = self.progress
         self._batches,self._left_out = 0,0 # of this epoch: batches counted, items not loaded
 
     def before_batch(self):
-        "End here, if the last batch has used up the budget; every callback has then finished with that"
-        if self.over: raise CancelFitException
+        "Count what the loader gave, where nobody selects"
         if chooser(self.learn) is None: self.counts['loads'] += len(self.yb[0])
 
     def after_batch(self):
-        "Count what this batch has cost, and all that went by since the last one"
+        "Count what this batch has cost"
         self._count(len(self.yb[0]) if len(self.yb) else 0)
-
-    def after_train(self): self._count(0) # what came after the last step
 
     def _count(self, rows):
         "Count a step of `rows` rows, if it is not 0"

@@ -62,7 +62,7 @@ def run(
     if d.device.type == 'cuda': torch.cuda.synchronize(d.device)
     wall = time.perf_counter()-t-curve.seconds
     loads,fp = (b.counts[k]-(before or no_counts())[k] for k in ('loads','fp'))
-    offered = learn.sb.counts['candidates'] if kw is not None else loads
+    offered = b.candidates if kw is not None else loads
     _,epochs,loss,acc = curve.record[-1]
     share = lambda n: round(n/offered, 5)
     return dict(
