@@ -54,14 +54,19 @@ class LRByExamples(Callback):
     ): store_attr()
 
     def before_fit(self): self.n = 0
+    def before_train(self): self.before = self.n
 
     def before_batch(self):
+        if self.forward: self.n = self.before + self.iter*self.dls.train.bs # only batches that are trained on come here
         rates = [lr for n,lr in sorted(self.sched.items()) if n <= self.n]
         if rates: self.opt.set_hyper('lr', rates[-1])
-        if self.forward: self.n += len(self.yb[0])
 
     def after_batch(self):
-        if not self.forward and self.yb: self.n += len(self.yb[0])
+        if not self.forward: self.n += len(self.yb[0])
+
+    def after_train(self):
+        dl = self.dls.train
+        if self.forward: self.n = self.before + (len(dl)*dl.bs if dl.drop_last else dl.n)
 
 # %% ../nbs/31_train.ipynb #ba546a1a
 def _chooser(learn): return next((cb for cb in learn.cbs if isinstance(cb, SelectiveBackpropCallback)), None)

@@ -170,13 +170,13 @@ def main(
     for room in command_rooms: import_module(f'fastsb.bench.{room}')
     name,*rest = [*(sys.argv[1:] if argv is None else argv)] or ['']
     if name in ('-h','--help'):
-        listed = (f"  {n:12}{f.__doc__}" for n,f in commands.items())
+        listed = (f"  {n:12}{f.__doc__}" for n,f in sorted(commands.items()))
         print("usage: python -m fastsb.bench COMMAND [options]\n", *listed,
               "\npython -m fastsb.bench COMMAND --help tells the options.", sep='\n')
         return
     if name not in commands:
         what = f"there is no command {name!r}" if name else "a command is missing"
-        _tell(f"{what}; choose from {', '.join(commands)}.")
+        _tell(f"{what}; choose from {', '.join(sorted(commands))}.")
     p = anno_parser(commands[name], prog=f'python -m fastsb.bench {name}')
     p.error = lambda message: _tell(f"{name}: {message}.")
     args = {k: v for k,v in vars(p.parse_args(rest)).items() if k not in ('pdb','xtra')}
