@@ -218,3 +218,17 @@ def test_no_room_imports_anothers_private_names():
         for names in re.findall(r"^from \.+[\w.]* import \(?(.*?)\)?$", path.read_text(), re.M | re.S):
             private = re.findall(r"\b_[a-z]\w*", names.split("\n\n")[0])
             assert not private, f"{path.name} imports {private}"
+
+
+def test_rooms_import_only_what_stands_above_them():
+    "By the numbers of their notebooks; the benchmarks are a wing that nobody else imports"
+    at = {}
+    for nb in notebooks:
+        if found := re.search(r"default_exp ([\w.]+)", nb.read_text()):
+            at[found.group(1)] = str(nb.relative_to(root / "nbs"))
+    for module, place in at.items():
+        if module.startswith("bench."):
+            continue
+        source = (root / "fastsb" / f"{module.replace('.', '/')}.py").read_text()
+        for other in re.findall(r"^from \.([\w.]+) import", source, re.M):
+            assert other in at and at[other] < place, f"{module} imports {other}, which does not stand above it"

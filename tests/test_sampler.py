@@ -56,7 +56,7 @@ def some_memory(n=1000, unseen=100, kind="exact"):
     ids=["p1", "p3", "hybrid", "random", "capped"],
 )
 def test_choice_does_not_depend_on_the_chunks(make, kind):
-    "It is what `select` gives with the same draws for the known ones; unknown items are always there; no global random state moves"
+    "It is what `select` gives with the same draws for the known; the unknown are there; no global random state moves"
     memory, states = some_memory(kind=kind), (torch.get_rng_state(), random.getstate())
     l = memory.losses(epoch=5, max_age=3)
     known = l.isfinite().nonzero().flatten()
@@ -299,7 +299,7 @@ every_selector = {
 @pytest.mark.parametrize("name", every_selector)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 61])
 def test_every_selector_that_can_remember(name, n):
-    "Counts add up, nothing comes twice, no batch has one row but where plain training has one, and nobody waits longer than max_age"
+    "Counts add up, nothing comes twice, a batch has one row only if plain training has one, nobody waits for too long"
     selector = every_selector[name](n)
     s, bs = SelectiveSampler(n, selector, start=1, end=None, max_age=2, bs=5, seed=0), 5
     last = np.zeros(n, int)
