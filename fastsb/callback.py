@@ -29,7 +29,7 @@ from .way import Way
 # fifth holds less than a half, even the best half is hardly worth it.
 can_pay = .5
 
-# %% ../nbs/11_callback.ipynb #ff8a5c21
+# %% ../nbs/11_callback.ipynb #ea3ce05f
 class SelectiveBackpropCallback(Guest):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762).
 
@@ -43,11 +43,11 @@ class SelectiveBackpropCallback(Guest):
     # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
     order,run_valid,name = -5,False,'sb'
     # what an export leaves out
-    _stateattrs = tuple('engine sampler record plan _undo _tracker _short _one _forward _dl _dataset _rows _own_yb '
-                        '_rng'.split())
+    _stateattrs = (*Guest._stateattrs, *('engine sampler record plan _tracker _short _one _forward _dl _dataset _rows '
+                                        '_own_yb _rng _set').split())
     engine = sampler = record = _tracker = _short = _one = _forward = _dl = _dataset = _rows = _own_yb = _rng = None
-    _undo,plan = (),'now'
-    _resumed = _said = False
+    plan = 'now'
+    _set = _resumed = _said = False
     @delegates(Way.__init__)
     def __init__(self,
         **kwargs # The settings, which check themselves
@@ -72,6 +72,7 @@ class SelectiveBackpropCallback(Guest):
                              f"({' and '.join(map(repr, two))}): remove one with learn.remove_cb.")
         resumed,self._resumed,self._began,self._looked = self._resumed,False,False,False
         if not resumed: self._set_up()
+        self._set = True
         if self.sampler is not None: self.sampler.epochs = self.n_epoch
         self._track(self.dls.train)
         self.show(ValueMetric(self._selected, 'selected'))
@@ -276,6 +277,8 @@ class SelectiveBackpropCallback(Guest):
 
     def after_fit(self):
         "Put the learner back as it was, and say what the user would want to know"
+        if not self._set: return # another callback has cancelled the fit before it began
+        self._set = False
         self._end_epoch()
         if self.engine is not None: self.engine.buffer.clear()
         self.undo()

@@ -21,6 +21,7 @@ class _Metrics(L):
 
 class Guest(Callback):
     "A callback that knows whether a fit is under way, and leaves the learner as it was, whatever happens"
+    _stateattrs = '_fitting','_undo' # not exported, not even in the midst of a fit
     _learn = _inner = None
     _fitting,_undo = False,()
 
@@ -36,13 +37,14 @@ class Guest(Callback):
     def _leave(self):
         self.undo()
         own = vars(self._learn)
-        if own.get('_with_events') != self._guarded: return # somebody else has put something over it, which calls it
-        if self._inner is None: own.pop('_with_events')
+        if own.get('_with_events') != self._guarded: # somebody else has put something over it, which goes on calling it
+            self._inner = self._inner or partial(type(self._learn)._with_events, self._learn)
+        elif self._inner is None: own.pop('_with_events')
         else: own['_with_events'] = self._inner
 
     def _guarded(self, f, event_type, ex, final=noop):
         inner = self._inner or partial(type(self._learn)._with_events, self._learn)
-        if event_type != 'fit': return inner(f, event_type, ex, final)
+        if event_type != 'fit' or self._learn is None: return inner(f, event_type, ex, final)
         self._fitting = True
         try: return inner(f, event_type, ex, final)
         finally:

@@ -22,8 +22,8 @@ sources = 'auto','model','cached','two_stage'
 class Way:
     """How a fit chooses: settings that check themselves, and what they come to with a loss and a loader.
 
-    `asked` is the selector that was asked for; `selector` is that of the fit at hand: `Percentile(0)` where everything is
-    trained on."""
+    `asked` is the selector that was asked for; `selector` is that of the fit at hand: `Percentile(0)` where everything
+    is trained on."""
     def __init__(self,
         beta:float|None=None, # Choose by loss, p = percentile**beta: 0 keeps all, 1 half. None: the half in most doubt
         history:int=1024, # How many recent losses a percentile is taken over
