@@ -59,7 +59,8 @@ class Model:
     def column(self, which, n, epoch=None, max_age=None):
         def value(i):
             known = i in self.of and self.of[i][which] is not None
-            recent = known and (max_age is None or epoch - self.of[i][2] <= max_age)
+            nothing = which == 1 and known and self.of[i][0] == self.of[i][1] == 0  # without a target: of any age
+            recent = known and (max_age is None or epoch - self.of[i][2] <= max_age or nothing)
             return self.of[i][which] if recent else np.nan
 
         return np.array([value(i) for i in range(n)], np.float32)
@@ -210,9 +211,10 @@ def test_whatever_is_done_with_a_sampler(n, bs, keep, max_age, ways, happenings,
             for r, (s, share) in enumerate(zip(samplers, shares)):
                 s.observe(share, losses[share])
                 trained[r] += len(share)
-            for share in shares:
-                for s in samplers:  # as if memories had been brought together
-                    s.memory.update(share, losses[share], epoch=s.past + s.epoch, trained=False)
+            for r, share in enumerate(shares):
+                for q, s in enumerate(samplers):  # as if memories had been brought together
+                    if q != r:
+                        s.memory.update(share, losses[share], epoch=s.past + s.epoch, trained=False)
                 last.update({i: epoch for i in share})
             if not open_:
                 epoch += 1
