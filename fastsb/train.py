@@ -62,7 +62,7 @@ class LRByExamples(Callback):
         if rates: self.opt.set_hyper('lr', rates[-1])
 
     def after_batch(self):
-        if not self.forward: self.n += len(self.yb[0])
+        if not self.forward and len(self.yb): self.n += len(self.yb[0])
 
     def after_train(self):
         dl = self.dls.train
