@@ -251,6 +251,7 @@ def test_batches_of_one_row():
 def two_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 0)
 
 
 @pytest.mark.parametrize("how", ["offer", "batches"])

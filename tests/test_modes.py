@@ -343,6 +343,7 @@ def test_several_processes_are_refused_where_they_would_go_apart(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 0)
     for kw in (dict(selector=GradNorm()), dict(exact=False)):
         learn = digits_learner().selective_backprop(**fresh(**kw))
         with pytest.raises(ValueError, match="exact=True"):
