@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['datasets', 'models', 'check_arrays', 'load_arrays', 'ArrayDS', 'ArrayDL', 'CropFlip', 'Cutout', 'image_dls',
-           'folder_dls', 'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
+           'folder_arrays', 'folder_dls', 'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
 
 # %% ../nbs/30_data.ipynb #8cbbd569
 import shutil, zipfile, zlib
@@ -112,11 +112,12 @@ def _npz(path):
 
 def load_arrays(
     dataset:str='digits', # One of `datasets`; svhn is SVHN's train part, svhn_full its train and extra parts
-    data:str=None, # An .npz file with x_train, y_train, x_test, y_test, instead of a data set by name
+    data:str=None, # Instead: an .npz file with x_train, y_train, x_test, y_test, or a folder of images of one size by class
     data_dir:str='~/.fastai/data', # Folder that torchvision's data sets are in or are downloaded to
     download:bool=True # Download what is not in `data_dir`?
 ) -> tuple: # x_train uint8 (n,h,w,c), y_train int64 (n,), x_test (m,h,w,c), y_test (m,)
-    "The arrays of a data set by name, or of an .npz file"
+    "The arrays of a data set by name, of an .npz file, or of a folder"
+    if data is not None and Path(data).expanduser().is_dir(): return folder_arrays(data)
     if data is not None: return check_arrays(*_npz(Path(data).expanduser()), src=str(data))
     if dataset not in datasets: raise ValueError(f"dataset must be one of {', '.join(datasets)}, not {dataset!r}.")
     arrays = _digits() if dataset == 'digits' else _torchvision(dataset, data_dir, download)
@@ -265,6 +266,40 @@ def _drawn(path, valid_pct, seed):
     valid,train = ([files[i] for i in sorted(part)] for part in (order[:n], order[n:]))
     return train, valid, classes
 
+def _split(path, valid_pct, seed):
+    "The images to train on, those to validate on, and the classes; or what is wrong with the folder"
+    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder.")
+    train,valid,classes = _train_and_valid(path) if (path/'train').is_dir() else _drawn(path, valid_pct, seed)
+    if len(classes) < 2:
+        found = ', '.join(classes) or 'none'
+        raise ValueError(f"{path}: two or more subfolders of images are needed, one for each class; found: {found}.")
+    if not train or not valid:
+        raise ValueError(f"{path}: {len(train)} images to train on and {len(valid)} to validate on are not enough.")
+    return train, valid, classes
+
+def _pixels(files):
+    "The images as one array uint8 (n,h,w,3)"
+    read = [np.asarray(PILImage.create(f)) for f in files]
+    for f,x in zip(files, read):
+        if x.shape == read[0].shape: continue
+        (h,w),(h0,w0) = x.shape[:2],read[0].shape[:2]
+        raise ValueError(f"{f}: {w}x{h} pixels, but {files[0].name} has {w0}x{h0}: arrays need images of one size; "
+                         "folder_dls resizes them.")
+    return np.stack(read)
+
+def folder_arrays(
+    path, # Folder with a subfolder of images for each class, or with such folders train and valid, val or test
+    valid_pct:float=.2, # Without a folder to validate on: share of the images that is put aside for it
+    seed:int=0, # Without a folder to validate on: seed of that draw
+) -> tuple: # x_train uint8 (n,h,w,3), y_train int64 (n,), x_test (m,h,w,3), y_test (m,)
+    "The arrays of a folder of images by class that fit into memory and are all of one size; grey ones get three channels"
+    path = Path(path).expanduser()
+    train,valid,classes = _split(path, valid_pct, seed)
+    number = {name: i for i,name in enumerate(classes)}
+    labels = lambda files: np.array([number[_class_of(f, classes)] for f in files])
+    x = _pixels(train+valid)
+    return check_arrays(x[:len(train)], labels(train), x[len(train):], labels(valid), src=str(path))
+
 def folder_dls(
     path, # Folder with a subfolder of images for each class, or with such folders train and valid, val or test
     size:int=64, # Side in pixels of the squares that images are resized to
@@ -279,13 +314,7 @@ def folder_dls(
 ) -> DataLoaders: # With `dls.c` classes, named in `dls.vocab`
     "`DataLoaders` over a folder of images by class: normalized `TensorImage` (b,3,size,size) and `TensorCategory` (b,)"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder.")
-    train,valid,classes = _train_and_valid(path) if (path/'train').is_dir() else _drawn(path, valid_pct, seed)
-    if len(classes) < 2:
-        found = ', '.join(classes) or 'none'
-        raise ValueError(f"{path}: two or more subfolders of images are needed, one for each class; found: {found}.")
-    if not train or not valid:
-        raise ValueError(f"{path}: {len(train)} images to train on and {len(valid)} to validate on are not enough.")
+    train,valid,classes = _split(path, valid_pct, seed)
     n,files = len(train),train+valid
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=classes)),
