@@ -3,6 +3,7 @@
 from fastsb.buffer import *
 from fastsb.callback import *
 from fastsb.engine import *
+from fastsb.fit_for import *
 from fastsb.history import *
 from fastsb.learner import *
 from fastsb.losses import *
