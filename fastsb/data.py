@@ -112,7 +112,7 @@ def _npz(path):
 
 def load_arrays(
     dataset:str='digits', # One of `datasets`; svhn is SVHN's train part, svhn_full its train and extra parts
-    data:str=None, # Instead: an .npz file with x_train, y_train, x_test, y_test, or a folder of images of one size by class
+    data:str=None, # Instead: an .npz with x_train, y_train, x_test, y_test, or a folder of images of one size by class
     data_dir:str='~/.fastai/data', # Folder that torchvision's data sets are in or are downloaded to
     download:bool=True # Download what is not in `data_dir`?
 ) -> tuple: # x_train uint8 (n,h,w,c), y_train int64 (n,), x_test (m,h,w,c), y_test (m,)
@@ -292,7 +292,7 @@ def folder_arrays(
     valid_pct:float=.2, # Without a folder to validate on: share of the images that is put aside for it
     seed:int=0, # Without a folder to validate on: seed of that draw
 ) -> tuple: # x_train uint8 (n,h,w,3), y_train int64 (n,), x_test (m,h,w,3), y_test (m,)
-    "The arrays of a folder of images by class that fit into memory and are all of one size; grey ones get three channels"
+    "The arrays of a folder of images by class, all of one size, that fit into memory; grey ones get three channels"
     path = Path(path).expanduser()
     train,valid,classes = _split(path, valid_pct, seed)
     number = {name: i for i,name in enumerate(classes)}
