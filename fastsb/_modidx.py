@@ -1030,6 +1030,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastsb.train.LRByExamples.before_train': ('train.html#lrbyexamples.before_train', 'fastsb/train.py'),
                               'fastsb.train._Bar': ('train.html#_bar', 'fastsb/train.py'),
                               'fastsb.train._Bar._write_stats': ('train.html#_bar._write_stats', 'fastsb/train.py'),
+                              'fastsb.train._check_length': ('train.html#_check_length', 'fastsb/train.py'),
                               'fastsb.train._check_options': ('train.html#_check_options', 'fastsb/train.py'),
                               'fastsb.train._check_used': ('train.html#_check_used', 'fastsb/train.py'),
                               'fastsb.train._chooser': ('train.html#_chooser', 'fastsb/train.py'),

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from fastcore.docments import docments
 from fastcore.imports import IN_NOTEBOOK
 
+import fastsb.fit_for # noqa: F401 (`learn.fit_for`)
 from . import __version__
 from .callback import SelectiveBackpropCallback
 from .check import check_bool, check_choice, check_int, check_number, check_positive
@@ -251,8 +252,17 @@ def _check_options(o):
     check_positive('learning_rate', o.learning_rate)
     if o.keep is not None: check_positive('keep', o.keep, high=1.)
     if o.threshold is not None: check_number('threshold', o.threshold)
+    _check_length(o)
     _settle(o)
     _check_used(o)
+
+def _check_length(o):
+    "Raise `ValueError` unless one thing says how long the fit is"
+    if o.budget is None: return
+    check_positive('budget', o.budget, why=', epochs of plain training whose time is meant')
+    if o.epochs != 30: raise ValueError(f"epochs={o.epochs} and budget={o.budget:g} both say how long: give one.")
+    if o.lr_sched is not None:
+        raise ValueError(f"budget={o.budget:g} trains with one cycle over that time: leave lr_sched out.")
 
 def _make_dir(output_dir):
     "Folder `output_dir`, made if need be, that files can be written into"
@@ -316,7 +326,9 @@ def _run(o, learn, sched, out):
     report = EpochReport(out/'log.csv', o.report)
     with _reporting(learn):
         if sched: learn.fit(o.epochs, cbs=[LRByExamples(sched, o.forwardlr), report])
-        else: learn.fit_one_cycle(o.epochs, o.learning_rate, moms=(0.9,0.9,0.9), cbs=report)
+        else:
+            fit,length = (learn.fit_one_cycle,o.epochs) if o.budget is None else (learn.fit_for,o.budget)
+            fit(length, o.learning_rate, moms=(0.9,0.9,0.9), cbs=report)
     log,cb = pd.DataFrame(report.rows),_chooser(learn)
     ax = plot_shares(log) if cb is None else cb.plot_selected()
     ax.figure.savefig(out/'selected.png', dpi=150)
@@ -335,6 +347,7 @@ def fastsb_train(
     model:str='small', # small (a ResNet that two CPU cores can train), resnet18, wrn16_4 or wrn28_10
     batch_size:int=128, # Examples in a training step
     epochs:int=30, # Passes over the training set
+    budget:float=None, # Instead of epochs: train for the time that so many plain epochs take (learn.fit_for)
     learning_rate:float=0.1, # Highest learning rate of the one-cycle schedule
     selector:str=None, # percentile, hybrid, absolute, random, topk, lowk, uncertainty, orderedpool, threshold, gradnorm
     beta:float=None, # Choose by loss, p = percentile^beta: keeps 1/(beta+1) on average (1 if not given, for sb)

@@ -416,6 +416,16 @@ def test_the_default_is_the_one_liner(tmp_path):
     assert inspect.signature(fastsb_train).parameters['strategy'].default == 'default'
 
 
+@pytest.mark.parametrize('strategy', ['nofilter', 'default', 'sb'])
+def test_a_budget_is_the_time_of_so_many_plain_epochs(tmp_path, strategy):
+    learn, text, log = train(tmp_path, strategy=strategy, budget=2.5, batch_size=64, learning_rate=0.05, report='line')
+    assert log.epoch.tolist() == list(range(1, learn.n_epoch+1)) and f'epoch {learn.n_epoch}/{learn.n_epoch}' in text
+    assert learn.recorder.lrs[-1] < 0.05/20
+    if strategy != 'sb': assert 2.5*N <= log.bp.sum() < 2.5*N + 64
+    for wrong, says in ((dict(epochs=3), 'both say how long'), (dict(lr_sched='s.json'), 'leave lr_sched out')):
+        with pytest.raises(ValueError, match=says): fastsb_train(budget=2., output_dir=tmp_path/'never', **wrong)
+
+
 @pytest.mark.parametrize('options,kwargs', [
     (dict(keep=.3), dict(selector=Uncertainty(.3))),
     (dict(beta=2.), dict(beta=2.)),
