@@ -1056,6 +1056,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fastsb.way.Way.__repr__': ('way.html#way.__repr__', 'fastsb/way.py'),
                             'fastsb.way.Way._check_source': ('way.html#way._check_source', 'fastsb/way.py'),
                             'fastsb.way.Way._no_doubt': ('way.html#way._no_doubt', 'fastsb/way.py'),
+                            'fastsb.way.Way._usual': ('way.html#way._usual', 'fastsb/way.py'),
                             'fastsb.way.Way.decide': ('way.html#way.decide', 'fastsb/way.py'),
                             'fastsb.way.Way.doubts': ('way.html#way.doubts', 'fastsb/way.py'),
                             'fastsb.way.Way.fresh': ('way.html#way.fresh', 'fastsb/way.py'),

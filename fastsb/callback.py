@@ -33,9 +33,9 @@ can_pay = .5
 class SelectiveBackpropCallback(Guest):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762).
 
-    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the half of the items of which
-    the model was most in doubt when it last saw them. A loss that is not over classes shows no doubt; then everything
-    is trained on, unless `beta` or `selector` says how to choose, and a line says so.
+    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the fewest items that hold four
+    fifths of the doubt that the model was in when it last saw them. A loss that is not over classes shows no doubt;
+    then everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
 
     score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do
     not tell which items they give), everything is trained on, and a line says so. Where `stale` or the selector needs

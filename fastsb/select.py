@@ -683,7 +683,7 @@ class DoubtShare(ByDoubt):
     so the host waits for a GPU once a selection, and several processes would not keep equally many."""
     sure = global_ = True
     def __init__(self,
-        share:float=.9, # Share of all the doubt to keep; 1 keeps everything up to `ceiling`
+        share:float=.8, # Share of all the doubt to keep; 1 keeps everything up to `ceiling`
         floor:float=.1, # Fraction of the candidates to keep at least
         ceiling:float=1., # Fraction of the candidates to keep at most
         like=None, # For a loss of your own: a known one that takes such predictions, such as `nn.CrossEntropyLoss()`

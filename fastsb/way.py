@@ -14,7 +14,7 @@ from .history import LossHistory
 from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
 from .sampler import SelectiveSampler, check_remembering
-from .select import Percentile, Selector, TopK, Uncertainty
+from .select import DoubtShare, Percentile, Selector, TopK, Uncertainty
 
 # %% ../nbs/10c_way.ipynb #5729bfcf
 sources = 'auto','model','cached','two_stage'
@@ -25,7 +25,7 @@ class Way:
     `asked` is the selector that was asked for; `selector` is that of the fit at hand: `Percentile(0)` where everything
     is trained on."""
     def __init__(self,
-        beta:float|None=None, # Choose by loss, p = percentile**beta: 0 keeps all, 1 half. None: the half in most doubt
+        beta:float|None=None, # Choose by loss, p = percentile**beta: 0 keeps all, 1 half. None: by doubt
         history:int=1024, # How many recent losses a percentile is taken over
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float=.9, # When everything is trained on again: an int is epochs, a float a fraction of the fit
@@ -52,7 +52,7 @@ class Way:
         choice = Choice(by_loss, exact, seed, selector, batching, rescale, interrupt, per_item, scorer)
         self.scorer,self.asked = choice.scorer,choice.selector
         doubt = self.scorer.predicts and not self.scorer.remembers
-        if self.by_default: self.asked = Uncertainty(.5) if doubt else TopK(.5)
+        if self.by_default: self.asked = self._usual(doubt, score, stale, seed)
         self.selector = self.asked
         for k,v in (('stale',stale),('max_age',max_age)): check_int(k, v, 1, why=': a number of epochs')
         check_int('bs', bs, 2, none=True)
@@ -61,6 +61,13 @@ class Way:
         self.batching,self.rescale,self.interrupt,self.per_item,self.bs = batching,rescale,interrupt,per_item,bs
         self.stale,self.momentum,self.max_age,self.pool = stale,momentum,max_age,pool
         self._check_source()
+
+    @staticmethod
+    def _usual(doubt, score, stale, seed):
+        "Who chooses by default. Of fresh scores a fixed number is kept, so that nothing waits for a GPU"
+        if not doubt: return TopK(.5, seed)
+        remembered = isinstance(score, str) and score in ('auto','cached') and stale == 1
+        return DoubtShare(seed=seed) if remembered else Uncertainty(.5, seed=seed)
 
     def _check_source(self):
         "Do selector, scorer, memory and `stale` go together?"
@@ -120,7 +127,7 @@ class Way:
         "Why the default has nothing to go by, if it has not"
         if not self.doubts or shows_doubt(loss_func): return None
         return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(loss_func)} is not "
-                "known as one: if it is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, "
+                "known as one: if it is, pass selector=DoubtShare(like=nn.CrossEntropyLoss()). To choose by loss, "
                 "which seeks out wrong targets, pass beta=1.")
 
     def no_memory(self,
