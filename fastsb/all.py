@@ -1,5 +1,6 @@
 "The public API: `from fastsb.all import *`"
 
+from fastsb.advice import *
 from fastsb.buffer import *
 from fastsb.callback import *
 from fastsb.engine import *

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,32 @@ def test_the_committed_epochs():
         m = {o["method"]: o for o in r["methods"]}
         assert all(o["ratio"] == pytest.approx(o["seconds"] / m["plain"]["seconds"]) for o in m.values())
         assert m["cached"]["ratio"] <= 0.55 and m["cached, beta=2"]["ratio"] <= 0.40
+
+
+def test_files(tmp_path, capsys):
+    "Fits from files, in its own process: plain and the default, with as many items trained on"
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("val", 8)):
+        for c in "abc":
+            (tmp_path / part / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / c / f"{i}.png")
+    out, how = tmp_path / "files.json", ["--workers", "0", "--size", "8", "--width", "4", "--bs", "16", "--epochs", "3"]
+    command.main(["files", "--data", str(tmp_path), *how, "--seeds", "2", "--out", str(out)])
+    res = json.loads(out.read_text())
+    assert [(r["method"], r["seed"]) for r in res["runs"]] == [(m, s) for s in (0, 1) for m in ("plain", "default")]
+    for r in res["runs"]:
+        batch = 112 // 16 * 16  # whole batches of 120 items
+        assert 3 * batch <= r["trained"] < 3 * batch + 16 and r["training_s"] > 0
+        assert r["epochs"] == 3 and r["kept"] > 0.9 if r["method"] == "plain" else r["kept"] < 0.9
+    for wrong, says in (
+        (["--data", str(tmp_path / "train")], "must hold the folders train and valid"),
+        ([], "data must name a folder"),
+        (["--data", str(tmp_path), "--workers", "x"], "workers must be numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(["files", *wrong, "--out", str(out)])
+        assert says in capsys.readouterr().err

@@ -154,7 +154,9 @@ mixtures = dict( # (method, who mixes the images that it trains on)
     plain_mixup    = ('plain', partial(MixUp, .2)),
     default_mixup  = ('default', partial(MixUp, .2)),
     plain_cutmix   = ('plain', partial(CutMix, 1.)),
-    default_cutmix = ('default', partial(CutMix, 1.)))
+    default_cutmix = ('default', partial(CutMix, 1.)),
+    doubt_half_mixup  = ('doubt_half', partial(MixUp, .2)),
+    doubt_half_cutmix = ('doubt_half', partial(CutMix, 1.)))
 methods |= {k: methods[base] for k,(base,_) in mixtures.items()}
 
 def mixers(
@@ -185,7 +187,7 @@ def settings_of(
     if kw is None: return mix or None
     if not kw: return dict(callback=repr(SelectiveBackpropCallback()), **mix) # the defaults of today
     words = {k: v if isinstance(v, (int,float,str,type(None))) else repr(v) for k,v in kw.items()}
-    return words if lr_times == 1 else dict(words, lr_times=lr_times)
+    return dict(words, **({} if lr_times == 1 else dict(lr_times=lr_times)), **mix)
 
 def check_method(
     name:str, # One of `methods`
