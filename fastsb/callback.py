@@ -18,6 +18,7 @@ from .forward import PreparedForward
 from .guest import Guest
 from .loaders import ItemTracker, inner_loader, item_count, shortened
 from .losses import doubt_problem, weighted_loss
+from .memory import onto
 from .record import Record, log_columns
 from .resume import load_plain, random_state, save_whole, set_random_state
 from .select import TopK, Uncertainty
@@ -182,7 +183,7 @@ class SelectiveBackpropCallback(Guest):
         e.autocast = next((a for a in casts if isinstance(a, torch.autocast)), None)
         self.selector.at(self.pct_train)
         items = None if self._tracker is None else self._tracker.take()
-        if items is not None: items = items.to(e.device, non_blocking=e.device.type != 'cpu')
+        if items is not None: items = onto(items, e.device)
         remembered = s.memory.losses(items) if self.scorer.remembers else None
         select = (self.epoch,self.pct_train) in self.window if self.plan == 'now' else self.plan == 'score'
         self._began |= select
