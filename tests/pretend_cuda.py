@@ -24,8 +24,8 @@ CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 Wait = namedtuple("Wait", "kind where")
 VIEWS = set(
-    """view as_strided slice select detach alias unsqueeze squeeze permute transpose expand _unsafe_view t reshape unbind
-    split split_with_sizes movedim _reshape_alias lift_fresh empty empty_like empty_strided new_empty resize_ unfold
+    """view as_strided slice select detach alias unsqueeze squeeze permute transpose expand _unsafe_view t reshape
+    unbind split split_with_sizes movedim _reshape_alias lift_fresh empty empty_like empty_strided new_empty resize_ unfold
     view_as""".split()
 )
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
@@ -135,8 +135,8 @@ class Dispatch(TorchDispatchMode):
         self.gpu.ops.append(func._schema.name.split("::")[1])
         if mine:
             self.look(func, args, kwargs, given, self.gpu.ops[-1])
-        to_host = lambda o: tree_map_only(OnGpu, lambda t: t.host, o)  # noqa: E731
-        out = func(*to_host(args), **to_host(kwargs))
+        here_args, here_kwargs = tree_map_only(OnGpu, lambda t: t.host, (args, kwargs))
+        out = func(*here_args, **here_kwargs)
         if any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
             return self.written_to(func, args, kwargs)
         return tree_map_only(torch.Tensor, lambda t: t if isinstance(t, OnGpu) else OnGpu(t), out)

@@ -40,7 +40,7 @@ from fastsb.select import (
 )
 from pretend_cuda import HostWaits, OnGpu, PretendCuda, TwoDevices
 
-import fastsb.all  # noqa: F401, I001  (patches Learner)
+import fastsb.all  # noqa: F401  (patches Learner)
 
 
 @pytest.fixture
@@ -233,6 +233,10 @@ def test_the_buffer(gpu):
             assert all(torch.equal(s, t.host) for s, t in zip(x, y, strict=True))
 
 
+def on_host(t):
+    return t.host if isinstance(t, OnGpu) else t
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("items_on", ["cpu", "cuda"])
 def test_a_memory_fed_from_the_gpu(gpu, device, items_on):
@@ -255,13 +259,14 @@ def test_a_memory_fed_from_the_gpu(gpu, device, items_on):
         for v in on_gpu.values():
             v.fill_(-7.0)  # what was given may be written to
         if i % 7 == 6:
-            host = lambda t: t.host if isinstance(t, OnGpu) else t  # noqa: E731
+            with gpu.allowed() if waits else gpu.makes(False):
+                together.flush()
             for read in ("losses", "doubts", "times"):
-                a, b = getattr(at_once, read)(), host(getattr(together, read)())
+                a, b = getattr(at_once, read)(), on_host(getattr(together, read)())
                 assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), read
-            assert torch.equal(at_once.ages(None, 20).nan_to_num(-1), host(together.ages(None, 20)).nan_to_num(-1))
+            assert torch.equal(at_once.ages(None, 20).nan_to_num(-1), on_host(together.ages(None, 20)).nan_to_num(-1))
             q = torch.rand(9)
-            assert torch.equal(at_once.percentile(q), host(together.percentile(q if waits else gpu.put(q))))
+            assert torch.equal(at_once.percentile(q), on_host(together.percentile(q if waits else gpu.put(q))))
 
 
 def test_a_sampler(gpu):
@@ -377,19 +382,15 @@ def test_launches_of_a_batch_that_is_scored_afresh(gpu):
             gpu.ops.clear()
             sb.offer(b)
             counts.append(gpu.launches.total())
-        parts = {}
-        for name, f in dict(
-            score=lambda: sb.score(b),
-            history=lambda: sb.history.update(l),
-            choice=lambda: sb.selector.select(l, sb.history),
-            rows=lambda: sb.buffer.put(b, idx),
-        ).items():
+        l, idx, parts = sb.score(b), torch.arange(64, device="cuda"), {}
+        for name, f, *args in (
+            ("score", sb.score, b),
+            ("history", sb.history.update, l),
+            ("choice", sb.selector.select, l, sb.history),
+            ("rows", sb.buffer.put, b, idx),
+        ):
             gpu.ops.clear()
-            l = sb.score(b) if name == "history" else l if name != "score" else None
-            idx = torch.arange(64, device="cuda")
-            gpu.ops.clear()
-            f()
-            l = gpu.put(torch.rand(128)) if l is None else l
+            f(*args)
             parts[name] = gpu.launches.total()
     assert parts == dict(score=3, history=5, choice=20, rows=2) and set(counts) == {30}
 
