@@ -25,8 +25,8 @@ aten = torch.ops.aten
 Wait = namedtuple("Wait", "kind where")
 VIEWS = set(
     """view as_strided slice select detach alias unsqueeze squeeze permute transpose expand _unsafe_view t reshape
-    unbind split split_with_sizes movedim _reshape_alias lift_fresh empty empty_like empty_strided new_empty resize_ unfold
-    view_as""".split()
+    unbind split split_with_sizes movedim _reshape_alias lift_fresh empty empty_like empty_strided new_empty resize_
+    unfold view_as""".split()
 )
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
 READS |= {"bincount", "histc", "nonzero_numpy"}
@@ -337,6 +337,7 @@ class PretendCuda:
             Event=Event,
             current_stream=lambda device=None: stream,
             synchronize=lambda device=None: self.wait("synchronize"),
+            set_sync_debug_mode=lambda mode: setattr(self, "strict", mode == "error"),
             current_device=lambda: 0,
             get_rng_state=lambda device=None: torch.zeros(16, dtype=torch.uint8),
             set_rng_state=lambda state, device=None: None,

@@ -496,6 +496,16 @@ def test_a_learner_waits_only_where_plain_fastai_does(name):
         np.testing.assert_allclose(losses, on_cpu, rtol=1e-3)
 
 
+def test_what_is_to_be_measured_on_a_real_one(gpu):
+    "As far as it can run here: the same choices and a memory on the host, with waits as errors where they are to be"
+    from fastsb.bench.gpu import same_choices, wrong_memories
+
+    gpu.strict = False
+    res = same_choices(torch.device("cuda"), 6)
+    assert set(res["same"].values()) == {6}
+    assert wrong_memories(torch.device("cuda"), 64, 4, 3)["wrong"] == 0
+
+
 # a real one -----------------------------------------------------------------------------------------------------------
 on_hardware = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
