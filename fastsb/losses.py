@@ -285,7 +285,7 @@ def _plain_classes(loss_func, pred, yb):
     "The `ignore_index` of `loss_func`, if it is plain cross-entropy of such predictions and targets; else None"
     *outer,f = _layers(loss_func)
     flat = [_whole_name(type(o)) for o in outer] == [('fastai.losses','CrossEntropyLossFlat')]
-    if outer and not (flat and loss_func.axis in (1,-1) and loss_func.is_2d and not loss_func.floatify): return None
+    if outer and not (flat and loss_func.axis == -1 and loss_func.is_2d and not loss_func.floatify): return None
     if type(f) is not nn.CrossEntropyLoss or f._forward_hooks or f._forward_pre_hooks: return None
     if f.weight is not None or f.label_smoothing or len(yb) != 1 or not isinstance(yb[0], Tensor): return None
     if not isinstance(pred, Tensor): return None

@@ -580,9 +580,8 @@ def test_which_examples_have_a_target():
 def plain_kinds():
     from fastai.losses import CrossEntropyLossFlat
 
-    return nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=3, reduction="sum"), CrossEntropyLossFlat(axis=1), (
-        CrossEntropyLossFlat()
-    )
+    one, other = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=3, reduction="sum")
+    return one, other, CrossEntropyLossFlat(), CrossEntropyLossFlat(ignore_index=3, reduction="sum")
 
 
 @pytest.mark.parametrize("kind", range(4))
@@ -591,7 +590,7 @@ def test_loss_and_doubt_are_those_that_each_gives(kind, scale):
     "Bit for bit, also where a target is ignored, a prediction is certain, or not a number"
     f = plain_kinds()[kind]
     pred, y = scale * torch.randn(200, 7), torch.randint(7, (200,))
-    y[5], pred[9, 2], pred[11, 0], pred[13] = -100 if kind != 1 else 3, torch.nan, torch.inf, -torch.inf
+    y[5], pred[9, 2], pred[11, 0], pred[13] = -100 if kind % 2 == 0 else 3, torch.nan, torch.inf, -torch.inf
     losses, doubts = loss_and_doubt(f, pred, y)
     assert torch.equal(losses.nan_to_num(-1), per_item_loss(f, pred, y).nan_to_num(-1))
     assert torch.equal(doubts.nan_to_num(-1), prediction_entropy(f, pred, y).nan_to_num(-1))
@@ -617,6 +616,7 @@ def test_loss_and_doubt_of_anything_else():
         nn.CrossEntropyLoss(label_smoothing=0.1),
         CrossEntropyLossFlat(weight=torch.rand(4)),
         CrossEntropyLossFlat(axis=0),
+        CrossEntropyLossFlat(axis=1),  # which such targets do not have
         FocalLossFlat(),
         LabelSmoothingCrossEntropy(),
         nn.MSELoss(),
