@@ -601,7 +601,8 @@ class GradNorm(Selector):
     cross-entropy, 2/d*||prediction - target|| for squared error. Of each batch B/presample are drawn with replacement,
     in proportion to the bound, and weighted so that the gradient stays unbiased. Selection is on while it reduces
     variance enough to pay: while the moving average of 1/sqrt(1 - sum(g-u)^2/sum g^2) is above `tau`. Before,
-    everything is trained, and the bounds come free from the training pass."""
+    everything is trained, and the bounds come free from the training pass. To learn whether it is, the host waits for a
+    GPU once a batch."""
     def __init__(self,
         presample:float=3., # Candidates for each example trained on
         tau:float|None=None, # Gate; None: (B+3b)/(3b) with B = presample*b, the gain from which on it pays

@@ -262,6 +262,9 @@ def gpu_table(
     "The parts of a batch in the result `res` as a table"
     batches = [r for name,r in res['parts'].items() if name.startswith('batch') and 'failed' not in r]
     parts = 'plain score history select rows two_cycles'.split()
-    return pd.DataFrame([dict(model=r['model'], bs=r['bs'], compiled=r['compiled'], **{k: r[k]['device'] for k in parts},
-        running_plain=r['running']['plain'], running_cycle=r['running']['cycle'],
-        launches=r['a_batch']['cycle']['launches'], waits=r['a_batch']['cycle']['waits']) for r in batches])
+    def row(r):
+        running,cycle = r['running'],r['a_batch']['cycle']
+        return dict(model=r['model'], bs=r['bs'], compiled=r['compiled'], **{k: r[k]['device'] for k in parts},
+                    running_plain=running['plain'], running_cycle=running['cycle'],
+                    launches=cycle['launches'], waits=cycle['waits'])
+    return pd.DataFrame([row(r) for r in batches])
