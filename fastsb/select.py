@@ -50,7 +50,7 @@ def inclusion(
     return _inclusion(p, _Places(len(p), k, p.device))
 
 def _inclusion(p, at):
-    """`inclusion` where nobody waits. If the m largest are certain, the others get p times (k-m)/(the sum of the others);
+    """`inclusion` where nobody waits. If the m largest are certain, the others get p times (k-m)/(the others' sum);
     of these factors that of the right m is the largest, since the sum of min(1, factor*p) is at most m + factor*sum"""
     p = torch.maximum(p, at.least)
     return (p*(at.rest/p.sort().values.cumsum(0)).amax()).clamp(max=1.)
@@ -78,7 +78,8 @@ def systematic(
 def _systematic(pi, grid, at):
     "`systematic` where nobody waits; `grid` (k,) is the draw, and so much more for each"
     i = torch.searchsorted(pi.cumsum(0), grid, right=True)
-    return (i-at.j).cummax(0).values.clamp(max=at.last) + at.j # rounding must neither take one twice nor run over the end
+    # rounding must neither take one twice nor run over the end
+    return (i-at.j).cummax(0).values.clamp(max=at.last) + at.j
 
 # %% ../nbs/02_select.ipynb #5ce7c4d5
 def _highest(x, n, draw):
@@ -193,7 +194,7 @@ class Draws:
         return made.grid(at.j)
 
     def _draw_ahead(self, device):
-        "Single draws on `device`: what is left of those that another one, or a saved state, has made ahead; or new ones"
+        "Single draws on `device`: what is left of those made ahead, here or in a saved state; or new ones"
         made,key,gen = self._made.get(device.type),f'{device.type} ahead',self.generator(device)
         old = self._saved.get(key) if made is None else made.state()
         now,used = gen.get_state(),self.ahead if old is None else int(old[-8:].clone().view(torch.long))
