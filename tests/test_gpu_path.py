@@ -18,6 +18,7 @@ from fastai.optimizer import SGD
 from torch import nn
 
 from fastsb.buffer import BatchBuffer
+from fastsb.data import image_dls
 from fastsb.engine import SelectiveBackprop
 from fastsb.history import LossHistory
 from fastsb.memory import ItemMemory
@@ -233,6 +234,14 @@ def test_the_buffer(gpu):
         assert len(a) == len(g)
         for x, y in zip(a, g, strict=True):
             assert all(torch.equal(s, t.host) for s, t in zip(x, y, strict=True))
+
+
+def test_images_that_are_kept_on_the_gpu(gpu):
+    x, y = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 3), dtype=np.uint8), np.arange(96) % 10
+    with gpu.allowed():
+        dls = image_dls(x, y, x[:32], y[:32], bs=32, augment=True, device=torch.device("cuda"))
+    for dl in dls.loaders:
+        assert all(t.is_cuda for b in dl for t in b)
 
 
 def on_host(t):
