@@ -18,6 +18,7 @@ from .forward import PreparedForward
 from .guest import Guest
 from .loaders import ItemTracker, inner_loader, item_count, shortened
 from .losses import doubt_problem, weighted_loss
+from .memory import onto
 from .record import Record, log_columns
 from .resume import load_plain, random_state, save_whole, set_random_state
 from .select import TopK, Uncertainty
@@ -39,7 +40,12 @@ class SelectiveBackpropCallback(Guest):
 
     score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do
     not tell which items they give), everything is trained on, and a line says so. Where `stale` or the selector needs
-    forward passes, it makes them."""
+    forward passes, it makes them.
+
+    On a GPU the host waits nowhere in a step but where plain fastai does (it copies each batch from the host, and reads
+    the smoothed loss; in fp16 it asks twice whether the scale holds), as long as a fixed number is kept: `exact=False`
+    and selectors that say so wait once for each batch of candidates. Choosing the items of an epoch, and ending it,
+    waits. Who remembers is then on the model's device; updates are written for up to 32 batches together."""
     # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
     order,run_valid,name = -5,False,'sb'
     # what an export leaves out
@@ -182,7 +188,7 @@ class SelectiveBackpropCallback(Guest):
         e.autocast = next((a for a in casts if isinstance(a, torch.autocast)), None)
         self.selector.at(self.pct_train)
         items = None if self._tracker is None else self._tracker.take()
-        if items is not None: items = items.to(e.device, non_blocking=e.device.type != 'cpu')
+        if items is not None: items = onto(items, e.device)
         remembered = s.memory.losses(items) if self.scorer.remembers else None
         select = (self.epoch,self.pct_train) in self.window if self.plan == 'now' else self.plan == 'score'
         self._began |= select
@@ -315,7 +321,8 @@ class SelectiveBackpropCallback(Guest):
         all candidates: by what scored them, or what is remembered of them), trained_loss (mean over what was trained),
         scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that the
         highest fifth of each batch of candidates holds), loads (items loaded), score_age (mean age of the scores used,
-        in epochs), loading_s (seconds between batches: where fastai waits for a GPU there, its work is among them)"""
+        in epochs), loading_s (the host's seconds between batches. On a GPU that is not what loading takes: fastai waits
+        there for what it has queued, so the device's own training time is among them)"""
         return pd.DataFrame(self.record.log if self.record is not None else [], columns=log_columns)
 
     # killed and resumed

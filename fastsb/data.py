@@ -14,6 +14,8 @@ import torch
 import torchvision
 from fastai.vision.all import *
 
+from .memory import onto
+
 # %% ../nbs/30_data.ipynb #dae313e7
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
 _few = 10_000 # So many classes may be named with gaps between their numbers
@@ -155,7 +157,7 @@ class ArrayDL(TfmdDL):
                              f"them on the CPU, as image_dls(num_workers={num_workers}) does, or use num_workers=0.")
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
     def do_item(self, s): return 0 if s is None else s
-    def create_batch(self, b): return self.dataset[torch.as_tensor(b, device=self.dataset.y.device)]
+    def create_batch(self, b): return self.dataset[onto(torch.as_tensor(b), self.dataset.y.device)]
     def retain(self, res, b): return res
 
 # %% ../nbs/30_data.ipynb #aeedb9e5

@@ -16,7 +16,7 @@ from .buffer import BatchBuffer, Misfit, leaves, n_rows, rebuild, take
 from .check import Window, check_bool, check_callable, check_choice, check_int
 from .history import LossHistory
 from .losses import per_item_loss
-from .memory import ItemMemory
+from .memory import ItemMemory, onto
 from .record import Record
 from .score import as_scorer, model_batch
 from .select import Percentile, Selector
@@ -424,7 +424,7 @@ class SelectiveBackprop:
         if self._items_at is None: return None
         items = _entry(batch, self._items_at)
         if not isinstance(items, Tensor): items = torch.tensor(items)
-        items = items.as_subclass(Tensor).to(self.device)
+        items = onto(items.as_subclass(Tensor), self.device)
         if items.is_floating_point() or items.numel() != n_rows(batch):
             raise ValueError(f"items={self._items_at!r}: that entry must be a whole number for each of the "
                              f"{n_rows(batch)} examples, not a {items.dtype} tensor of shape {tuple(items.shape)}.")

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .check import Window, check_bool, check_callable, check_choice, check_int
 from .history import as_losses
-from .losses import per_item_loss, shows_doubt
-from .memory import ItemMemory, as_items, collective_device, together
+from .losses import loss_and_doubt, per_item_loss, shows_doubt
+from .memory import ItemMemory, as_items, collective_device, onto, together
 from .record import Record
 from .select import ByDoubt, DoubtShare, Selection, Selector
 
@@ -283,7 +283,7 @@ class SelectiveSampler(Sampler):
 
         The loss of the batch is then the mean of weight times loss."""
         if self._weights is None: return None
-        return self._weights[as_items(items, len(self.memory)).to(self.memory.device)]
+        return self._weights[onto(as_items(items, len(self.memory)), self.memory.device)]
 
     # what training shows
     def observe(self,
@@ -298,8 +298,7 @@ class SelectiveSampler(Sampler):
         "Remember what training has just shown of these items. Once for each batch that is trained on; nobody waits"
         with torch.no_grad():
             yb = tuple(yb) if isinstance(yb, (tuple,list)) else (yb,)
-            losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
-            doubt = None if self.selector.by_loss else self._doubt(losses, pred, yb)
+            losses,doubt = self._seen_in(losses, pred, yb)
             loss = losses.mean() if loss is None else torch.as_tensor(loss)
             own = _if_sure(losses, sure),_if_sure(doubt, sure)
             self.memory.update(items, *own, epoch=self.now)
@@ -309,6 +308,14 @@ class SelectiveSampler(Sampler):
                 self.record.trained(loss, n)
                 if self.chosen is None: self.record.scored(losses)
         self._seen += n
+
+    def _seen_in(self, losses, pred, yb):
+        "Losses, and doubts if the selector goes by them"
+        plain = type(self.selector).measure is ByDoubt.measure and self.selector.like is None
+        both = loss_and_doubt(self.loss_func, pred, *yb) if plain and losses is None and self.per_item is None else None
+        if both is not None: return both # where a loss is not finite, neither is remembered
+        losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
+        return losses,None if self.selector.by_loss else self._doubt(losses, pred, yb)
 
     def _losses(self, pred, yb):
         if self.loss_func is None and self.per_item is None:

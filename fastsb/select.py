@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .check import check_bool, check_number, check_positive
-from .history import LossHistory, as_losses, host_array
+from .history import LossHistory, as_losses, host_array, not_finite
 from .losses import doubt_problem, known_losses, loss_kind, per_item_loss, prediction_entropy, shows_doubt
 
 # %% ../nbs/02_select.ipynb #8cfa5f03
@@ -30,6 +30,15 @@ def bernoulli(
 
 def _double(t): return t if t.device.type == 'mps' else t.double() # Apple's GPUs have no float64
 
+class _Places:
+    "What never changes in draws of `k` of `B` candidates on a device: made once there"
+    def __init__(self, B, k, device):
+        f = torch.float32 if device.type == 'mps' else torch.float64
+        self.j = torch.arange(k, device=device)                          # of each that is drawn, how many come before
+        self.rest = torch.arange(k-B+1, k+1, dtype=f, device=device)     # left to draw, if all larger ones are certain
+        self.least = torch.full((1,), 1e-30, dtype=f, device=device)     # zeros share what is left over
+        self.last = B-k
+
 def inclusion(
     p:Tensor, # (B,) non-negative numbers
     k:int, # How many are to be drawn, at most `B`
@@ -38,12 +47,13 @@ def inclusion(
 
     Zeros share what is left over (Särndal, Swensson and Wretman 1992, section 3.6)."""
     if (v := host_array(p)) is not None: return torch.from_numpy(_inclusion_host(v, k))
-    p = _double(p).clamp(min=1e-30)
-    s = p.sort().values
-    below = s.cumsum(0)                                   # the sum up to each
-    left = torch.arange(k-len(p)+1, k+1, device=p.device) # for it and those below, if all larger ones are certain
-    last = (left*s <= below)[1:].sum(0, keepdim=True)     # the largest that would not be above 1: the smallest never is
-    return (p*(left.gather(0, last)/below.gather(0, last))).clamp(max=1.) # `left[last]` would wait for the device
+    return _inclusion(p, _Places(len(p), k, p.device))
+
+def _inclusion(p, at):
+    """`inclusion` where nobody waits. If the m largest are certain, the others get p times (k-m)/(the others' sum);
+    of these factors that of the right m is the largest, since the sum of min(1, factor*p) is at most m + factor*sum"""
+    p = torch.maximum(p, at.least)
+    return (p*(at.rest/p.sort().values.cumsum(0)).amax()).clamp(max=1.)
 
 def _inclusion_host(p, k):
     "`inclusion` of an array, without sorting: who would be above 1 is certain, the others share the rest, and again"
@@ -62,9 +72,14 @@ def systematic(
         j = np.arange(k)
         i = v.cumsum().searchsorted(host_array(u)+j, side='right')
         return torch.from_numpy(np.minimum(np.maximum.accumulate(i-j), len(v)-k) + j)
-    j = torch.arange(k, device=pi.device)
-    i = torch.searchsorted(pi.cumsum(0), u.to(pi.dtype).reshape(1)+j, right=True)
-    return (i-j).cummax(0).values.clamp(max=len(pi)-k) + j   # rounding must neither take one twice nor run over the end
+    at = _Places(len(pi), k, pi.device)
+    return _systematic(pi, u.to(pi.dtype).reshape(1)+at.j, at)
+
+def _systematic(pi, grid, at):
+    "`systematic` where nobody waits; `grid` (k,) is the draw, and so much more for each"
+    i = torch.searchsorted(pi.cumsum(0), grid, right=True)
+    # rounding must neither take one twice nor run over the end
+    return (i-at.j).cummax(0).values.clamp(max=at.last) + at.j
 
 # %% ../nbs/02_select.ipynb #5ce7c4d5
 def _highest(x, n, draw):
@@ -104,14 +119,31 @@ def _fewest(x, share, least, most, draw):
     return _rank(order) < n
 
 # %% ../nbs/02_select.ipynb #49b64bf0
+class _Ahead:
+    "Draws that were made ahead"
+    def __init__(self, before, u): self.before,self.u,self.used,self._grids = before,u,0,{}
+
+    def grid(self, j):
+        if len(j) not in self._grids: self._grids[len(j)] = _double(self.u)[:,None] + j
+        self.used += 1
+        return self._grids[len(j)][self.used-1]
+
+    def state(self):
+        "Bytes: the state of the generator before, and how many are used"
+        return torch.cat([self.before, torch.tensor([self.used]).view(torch.uint8)])
+
 class Draws:
-    "Uniform draws from generators of their own, one for each kind of device"
+    """Uniform draws from generators of their own, one for each kind of device.
+
+    On a GPU single draws are made `ahead` at a time, since each would be a launch of its own."""
+    ahead = 64
     def __init__(self,
         seed:int|None=None, # Seed; None: derived from torch's seed, which is read but not moved
     ):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed={seed!r} must be an int or None.")
         self.seed,self._gens,self._saved = seed,{},{}
+        self._made,self._places = {},{} # what is drawn ahead, by kind of device; what draws of exactly `k` need
 
     def _first_seed(self):
         if self._saved: return zlib.crc32(next(iter(self._saved.values())).numpy().tobytes())
@@ -140,26 +172,60 @@ class Draws:
         "Uniform draws in [0,1)"
         return torch.rand(n, generator=self.generator(device), device=device)
 
+    def places(self,
+        B:int, # Candidates
+        k:int, # How many of them are drawn
+        device:torch.device, # Where
+    ) -> _Places:
+        "What draws of exactly `k` need there, made when it is first wanted"
+        if (B,k,device) not in self._places:
+            if len(self._places) == 16: self._places.clear() # batches of ever other sizes
+            self._places[B,k,device] = _Places(B, k, device)
+        return self._places[B,k,device]
+
+    def grid(self,
+        at:_Places, # Of a draw of exactly `k`
+    ) -> Tensor: # (k,) float64
+        "A single uniform draw, and so much more for each of `k`: `systematic` takes who lies there"
+        device = at.j.device
+        if device.type == 'cpu': return _double(self.uniform(1, device)) + at.j
+        made = self._made.get(device.type)
+        if made is None or made.u.device != device or made.used == self.ahead: made = self._draw_ahead(device)
+        return made.grid(at.j)
+
+    def _draw_ahead(self, device):
+        "Single draws on `device`: what is left of those made ahead, here or in a saved state; or new ones"
+        made,key,gen = self._made.get(device.type),f'{device.type} ahead',self.generator(device)
+        old = self._saved.get(key) if made is None else made.state()
+        now,used = gen.get_state(),self.ahead if old is None else int(old[-8:].clone().view(torch.long))
+        if used < self.ahead: gen.set_state(old[:-8])
+        made = self._made[device.type] = _Ahead(gen.get_state(), self.uniform(self.ahead, device))
+        if used < self.ahead:
+            made.used = used
+            gen.set_state(now)
+        return made
+
     def state_dict(self) -> dict: # Bytes on the CPU
-        "The state of each generator, by its kind of device"
-        return {**self._saved, **{kind: gen.get_state() for kind,gen in self._gens.items()}}
+        "The state of each generator, by its kind of device, and of what it has drawn ahead"
+        ahead = {f'{kind} ahead': made.state() for kind,made in self._made.items()}
+        return {**self._saved, **{kind: gen.get_state() for kind,gen in self._gens.items()}, **ahead}
 
     def check_state(self, state):
         "Raise `ValueError` unless `state` is one to go on from"
         for kind,t in state.items() if isinstance(state, dict) else [(None,None)]:
             if not isinstance(kind, str) or not isinstance(t, Tensor) or t.dtype is not torch.uint8 or t.dim() != 1:
                 raise ValueError("The saved draws must be the bytes of a generator for each kind of device.")
-            size = {'cpu': len(torch.Generator().get_state()), 'cuda': 16}.get(kind, len(t))
+            size = {'cpu': len(torch.Generator().get_state()), 'cuda': 16, 'cuda ahead': 24}.get(kind, len(t))
             if len(t) != size:
                 raise ValueError(f"The saved draws have {len(t)} bytes for {kind!r}, where a generator has {size}.")
 
     def load_state_dict(self, state):
         "Go on drawing from `state`; raises `ValueError`, changing nothing, if it cannot be"
         self.check_state(state)
-        self._gens,self._saved = {},{kind: t.cpu() for kind,t in state.items()}
+        self._gens,self._made,self._saved = {},{},{kind: t.cpu() for kind,t in state.items()}
 
     def __getstate__(self): # generators do not pickle
-        return {**self.__dict__, '_gens': {}, '_saved': self.state_dict()}
+        return {**self.__dict__, '_gens': {}, '_made': {}, '_places': {}, '_saved': self.state_dict()}
 
 # %% ../nbs/02_select.ipynb #98d6ce4f
 Selection = namedtuple('Selection', 'idx p w', defaults=[None])
@@ -171,11 +237,17 @@ def _check_saved(name, value, **limits):
     try: check_number(name, value, **limits)
     except TypeError as e: raise ValueError(f"The saved state is not whole: {e}") from None
 
-def _where_finite(losses, x, other):
-    "`x` where `losses` are finite, elsewhere `other`"
+def _where_finite(losses, x, other, bad=not_finite):
+    "`x` where `losses` are finite, elsewhere `other`; where nobody waits, `bad` tells which are not"
     v = host_array(losses)
     if v is not None and x.is_floating_point() and np.count_nonzero(np.isfinite(v)) == len(v): return x
-    return torch.where(losses.isfinite(), x, other)
+    if v is not None or not x.is_floating_point(): return torch.where(losses.isfinite(), x, other)
+    if isinstance(other, Tensor): return torch.where(bad(losses), other, x)
+    return x.masked_fill(bad(losses), other)
+
+def _known(history, given):
+    "For `_where_finite`: of the losses that were `given`, the history may know already which are not finite"
+    return (lambda losses: history.bad(given)) if isinstance(history, LossHistory) else not_finite
 
 # %% ../nbs/02_select.ipynb #246bc38b
 class Selector:
@@ -262,14 +334,22 @@ class Selector:
         **context, # Passed on to `probs`
     ) -> Selection:
         "Who is trained on. Candidates whose loss is NaN or infinite always are, so that who watches for them sees them"
-        losses = as_losses(losses)
-        p = _where_finite(losses, self.probs(losses, history, **context), 1e12 if self.exact else 1.)
+        bad,losses = _known(history, losses),as_losses(losses)
+        p = _where_finite(losses, self.probs(losses, history, **context), 1e12 if self.exact else 1., bad)
         if not self.exact:
             if self.sure: return Selection(p.nonzero().view(-1), p)
             return Selection(bernoulli(p, self.uniform(len(p), p.device) if u is None else u), p)
         k = self.count(len(losses))
+        if host_array(p) is None: return self._draw_exactly(k, p, u)
         p = inclusion(p, k)
         return Selection(systematic(p, k, self.uniform(1, p.device) if u is None else u), p.float())
+
+    def _draw_exactly(self, k, p, u):
+        "The draw of exactly `k` where nobody waits"
+        at = self.draws.places(len(p), k, p.device)
+        p = _inclusion(p, at)
+        grid = self.draws.grid(at) if u is None else u.to(p.device, p.dtype).reshape(1) + at.j
+        return Selection(_systematic(p, grid, at), p.float())
 
     def state_dict(self) -> dict: # Tensors and plain Python values only
         "What `load_state_dict` needs to go on from here; settings are not among it"
@@ -408,8 +488,8 @@ class TopK(Selector):
 
     def select(self, losses, history=None, u=None, **context):
         "The choice, and who is not finite before all others; the count is known, so the host never waits"
-        losses = as_losses(losses)
-        first = self._first(_where_finite(losses, self.score(losses, u=u, **context), torch.inf))
+        bad,losses = _known(history, losses),as_losses(losses)
+        first = self._first(_where_finite(losses, self.score(losses, u=u, **context), torch.inf, bad))
         k = self.count(len(losses))
         if (v := host_array(first)) is not None: idx = torch.from_numpy(np.flatnonzero(v))
         else: idx = torch.arange(len(first), device=first.device).masked_fill(~first, len(first)).sort().values[:k]
@@ -522,7 +602,8 @@ class GradNorm(Selector):
     cross-entropy, 2/d*||prediction - target|| for squared error. Of each batch B/presample are drawn with replacement,
     in proportion to the bound, and weighted so that the gradient stays unbiased. Selection is on while it reduces
     variance enough to pay: while the moving average of 1/sqrt(1 - sum(g-u)^2/sum g^2) is above `tau`. Before,
-    everything is trained, and the bounds come free from the training pass."""
+    everything is trained, and the bounds come free from the training pass. To learn whether it is, the host waits for a
+    GPU once a batch."""
     def __init__(self,
         presample:float=3., # Candidates for each example trained on
         tau:float|None=None, # Gate; None: (B+3b)/(3b) with B = presample*b, the gain from which on it pays
