@@ -142,9 +142,7 @@ class SelectiveBackpropCallback(Guest):
         chosen = self.sampler.begin_epoch(self.epoch, self.pct_train, select=select and not scored, selector=pool)
         if chosen is None: return 'score' if scored else 'whole'
         self._short = self.alter(shortened(self.dls.train, chosen))
-        memory = self.sampler.memory
-        known = memory.summary(self.sampler.now)
-        self.record.skip(self._short.skipped, known['age'] if known['seen'] else 0., len(chosen)/len(memory))
+        self.sampler.note_skipped(self._short.skipped, len(chosen), not two)
         return 'score' if two else 'sample'
 
     def _one_batch(self, i, b):
@@ -315,7 +313,9 @@ class SelectiveBackpropCallback(Guest):
         all candidates: by what scored them, or what is remembered of them), trained_loss (mean over what was trained),
         scoring_s, training_s (seconds), left (examples waiting in the buffer), top_share (share of the loss that the
         highest fifth of each batch of candidates holds), loads (items loaded), score_age (mean age of the scores used,
-        in epochs), loading_s (seconds between batches: where fastai waits for a GPU there, its work is among them)"""
+        in epochs), loading_s (seconds between batches: where fastai waits for a GPU there, its work is among them),
+        held (share of all the loss or doubt, whichever decided, that what was chosen holds), oldest (highest age of
+        the scores used, in epochs)"""
         return pd.DataFrame(self.record.log if self.record is not None else [], columns=log_columns)
 
     # killed and resumed
