@@ -314,8 +314,8 @@ class SelectiveSampler(Sampler):
         "Put in the record what a batch shows in an epoch that leaves nothing out"
         self.record.scored(losses)
         at = self.epoch + self._part()
+        self.record.judged(losses, at=at)
         if doubt is not None: self.record.judged(doubt, by='doubt', at=at)
-        else: self.record.judged(losses, at=at)
 
     def _losses(self, pred, yb):
         if self.loss_func is None and self.per_item is None:
