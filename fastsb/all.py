@@ -4,6 +4,7 @@ from fastsb.buffer import *
 from fastsb.callback import *
 from fastsb.engine import *
 from fastsb.history import *
+from fastsb.items import *
 from fastsb.learner import *
 from fastsb.losses import *
 from fastsb.memory import *
