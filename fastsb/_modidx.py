@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fastsb.data.ArrayDS.__len__': ('data.html#arrayds.__len__', 'fastsb/data.py'),
                              'fastsb.data.ArrayDS.decode': ('data.html#arrayds.decode', 'fastsb/data.py'),
                              'fastsb.data.ArrayDS.new_empty': ('data.html#arrayds.new_empty', 'fastsb/data.py'),
+                             'fastsb.data.ArrayDS.set_split_idx': ('data.html#arrayds.set_split_idx', 'fastsb/data.py'),
                              'fastsb.data.CropFlip': ('data.html#cropflip', 'fastsb/data.py'),
                              'fastsb.data.CropFlip.__init__': ('data.html#cropflip.__init__', 'fastsb/data.py'),
                              'fastsb.data.CropFlip.encodes': ('data.html#cropflip.encodes', 'fastsb/data.py'),

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/20a_items.ipynb #844dc471
+# %% ../nbs/20a_items.ipynb #7af9ebac
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd
-import torch
 from fastai.data.core import TfmdDL, show_batch
 from fastai.torch_core import TitledStr, display_df, show_title
 from fastcore.basics import patch
@@ -21,7 +20,7 @@ from .check import check_int
 from .loaders import inner_loader, item_count
 from .resume import random_state, set_random_state
 
-# %% ../nbs/20a_items.ipynb #a9ef7008
+# %% ../nbs/20a_items.ipynb #ecc7b6fb
 @contextmanager
 def _drawing_nothing():
     "Whatever is drawn inside, global random states are as they were afterwards"
@@ -34,7 +33,7 @@ def _plain(o):
     if isinstance(o, str): return str(o)
     if isinstance(o, Tensor): o = o.detach().cpu().numpy() if o.ndim < 2 else None
     if hasattr(o, 'tolist'): o = o.tolist() if getattr(o, 'ndim', 1) < 2 else None
-    if isinstance(o, (list,tuple)):
+    if isinstance(o, (list,tuple,L)):
         parts = tuple(_plain(p) for p in o)
         return None if None in parts else parts
     return o if isinstance(o, (bool,int,float)) else None
@@ -43,7 +42,8 @@ def _stored(ds):
     "(n,) targets of a data set that keeps them as an array, or None"
     tensors = getattr(ds, 'tensors', None)
     if tensors is not None: return tensors[-1] if len(tensors) > 1 else None
-    return next((v for k in ('targets','y') if hasattr(v := getattr(ds, k, None), '__len__') and len(v) == len(ds)), None)
+    arrays = (getattr(ds, k, None) for k in ('targets','y'))
+    return next((a for a in arrays if hasattr(a, '__len__') and len(a) == len(ds)), None)
 
 def _read(ds, n_inp):
     "A function of an item's index that gives its target, decoded where `ds` can do that; None: it has no targets"
@@ -165,8 +165,8 @@ def show_items(self:SelectiveBackpropCallback,
     for k in ('most','least'): check_int(k, asked.get(k), 1, none=True, why=': how many to show')
     known,dl = self.items(labels=False),_loader(self)
     if not isinstance(dl, TfmdDL):
-        raise ValueError(f"A {type(dl).__name__} has no show_batch, so it cannot show its items: learn.sb.items() names "
-                         "them.")
+        raise ValueError(f"A {type(dl).__name__} has no show_batch, so it cannot show its items: learn.sb.items() "
+                         "names them.")
     if items is None:
         ordered = known.sort_values(['trained','loss'], ascending=least is not None, kind='stable')
         idxs = ordered.index[:least or most or 9].tolist()

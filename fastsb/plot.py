@@ -74,7 +74,8 @@ def plot_shares(
         ax.bar(left, (loaded-trained).clip(0), bottom=trained, color=_sky, label='loaded, left out', **bar)
     if (loaded < 1).any():
         old = log[loaded < 1]
-        name = f'not loaded, by scores\n{old.score_age.mean():.1f} epochs old on average,\n{old.oldest.max():.0f} at most'
+        ages = f'{old.score_age.mean():.1f} epochs old on average,\n{old.oldest.max():.0f} at most'
+        name = f'not loaded, by scores\n{ages}'
         ax.bar(left, 1-loaded, bottom=loaded, color='none', hatch='///', label=name, **{**bar, 'edgecolor': _grey})
     scored = log.fp.to_numpy() > 0
     at,shares = np.asarray(at, float),np.asarray(shares, float)
@@ -84,7 +85,8 @@ def plot_shares(
     if keep is not None: ax.axhline(keep, label=f'expected: {keep:.2f}', **line)
     held = log.held.to_numpy(float)
     if (held < 1).any():
-        ax.plot(left+.5, held, 'D-', ms=4, lw=1.2, color=_red, mec='white', mew=.5, label=f'share of the {by} that it holds')
+        look = dict(ms=4, lw=1.2, color=_red, mec='white', mew=.5)
+        ax.plot(left+.5, held, 'D-', label=f'share of the {by} that it holds', **look)
     _epochs_axis(ax, len(log))
     ax.set(ylabel='share of all items', ylim=(0, 1.03*max(1, trained.max())), title='What was trained on')
     _legend(ax)
@@ -143,8 +145,8 @@ def plot_losses(self:SelectiveBackpropCallback,
     if by is None: by = self.held_of
     if by not in known:
         other = f" There is plot_losses({next(iter(known))!r})." if known else ''
-        raise ValueError(f"No {by} of candidates was looked at: only a fit that selects does that, and only by doubt where "
-                         f"it is remembered.{other}")
+        raise ValueError(f"No {by} of candidates was looked at: only a fit that selects does that, and only by doubt "
+                         f"where it is remembered.{other}")
     return plot_bands(known[by].x, known[by].y, by, ax)
 
 # %% ../nbs/20_plot.ipynb #c7a90e11
