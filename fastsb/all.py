@@ -6,6 +6,7 @@ from fastsb.callback import *
 from fastsb.engine import *
 from fastsb.fit_for import *
 from fastsb.history import *
+from fastsb.items import *
 from fastsb.learner import *
 from fastsb.losses import *
 from fastsb.memory import *

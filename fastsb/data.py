@@ -8,6 +8,7 @@ __all__ = ['datasets', 'models', 'check_arrays', 'load_arrays', 'ArrayDS', 'Arra
 
 # %% ../nbs/30_data.ipynb #8cbbd569
 import shutil, zipfile, zlib
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -141,6 +142,12 @@ class ArrayDS:
         return TensorImage(x.permute(*channels_first)), TensorCategory(self.y[i])
     def new_empty(self): return type(self)(self.x[:0], self.y[:0], self.split_idx)
     def decode(self, o, full=True): return o[0],Category(str(int(o[1])))
+    @contextmanager
+    def set_split_idx(self, i):
+        "Be data to train on (0, augmented) or to validate on (1) for a while, as fastai's `Datasets`"
+        old,self.split_idx = self.split_idx,i
+        try: yield self
+        finally: self.split_idx = old
 
 class ArrayDL(TfmdDL):
     "A fastai loader over an `ArrayDS`: one index operation a batch"

@@ -237,9 +237,16 @@ class SelectiveBackprop:
                 self.fill(losses, rank=self.scorer.own)
                 self.selector.observe(losses, **known)
             scores = self.selector.measure(losses, **known)
+            if self.whole if fill is None else fill: self._note(losses, scores)
             if self.memory is not None and self._row_items is not None:
                 self.memory.update(self._row_items, scores, epoch=self.epoch)
             return scores
+
+    def _note(self, losses, scores, kept=None):
+        "Put in the record what candidates were judged by: doubts only if they are at hand in any case"
+        doubt = self.keep_scores and not self.selector.by_loss
+        at = self.epoch + self.done
+        self.record.judged(scores if doubt else losses, kept, 'doubt' if doubt else 'loss', at)
 
     def trained(self,
         loss:Tensor, # () mean loss of the batch just trained on
@@ -366,7 +373,7 @@ class SelectiveBackprop:
                 remembered = self.memory.losses(items)
             losses,pred,yb = self._score(batch, remembered)
             s = self._choose(losses, pred, yb, items)
-            self._judged(losses, pred, yb, items)
+            self._judged(losses, pred, yb, items, s.idx)
             ready = self._keep(batch, s, n)
             fp,share = self.scorer.count(n),len(s.idx)/n
         self._since = since
@@ -374,11 +381,12 @@ class SelectiveBackprop:
         self.record.offered(n, fp=fp, bp=bp, share=share, at=self.epoch+self.done)
         return ready if never else self._offered(ready)
 
-    def _judged(self, losses, pred, yb, items):
+    def _judged(self, losses, pred, yb, items, kept):
         "Keep the scores of the candidates, if somebody wants them"
         s = self.selector
         if type(s).measure is Selector.measure: self.scores = losses
         else: self.scores = s.measure(losses, loss_func=self.loss_func, pred=pred, yb=yb) if self.keep_scores else None
+        self._note(losses, self.scores, kept)
         if self.memory is None or items is None: return
         fresh = self.scorer.scored
         self.memory.update(items[fresh], losses[fresh], epoch=self.epoch, trained=False)

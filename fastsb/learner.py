@@ -51,8 +51,7 @@ def selective_backprop(self:Learner,
 # %% ../nbs/12_learner.ipynb #05bb750d
 class BatchLossFilterCallback(SelectiveBackpropCallback):
     """Trains on the highest losses of each batch that together hold `min_loss_perc` of its loss (BatchLossFilter,
-    fastai forum, 2019). It is `learn.blf`"""
-    name = 'blf'
+    fastai forum, 2019). It is `learn.sb`, and `learn.blf`"""
     def __init__(self,
         min_loss_perc:float=.9, # Share of the batch's loss to keep at least; or a schedule such as `SchedCos(1, .8)`
         min_samples_perc:float|None=None, # Fraction of the examples that is kept at least
@@ -73,6 +72,13 @@ def batch_loss_filter(self:Learner, **kwargs) -> Learner:
     `learn.remove_cb(BatchLossFilterCallback)` ends it"""
     cb = BatchLossFilterCallback(**kwargs)
     return self.remove_cb(SelectiveBackpropCallback).add_cb(cb)
+
+@patch(as_prop=True)
+def blf(self:Learner):
+    "The learner's `BatchLossFilterCallback`"
+    cb = vars(self).get('sb')
+    if isinstance(cb, BatchLossFilterCallback): return cb
+    raise AttributeError("This learner has no BatchLossFilterCallback: learn.batch_loss_filter() adds one.")
 
 # %% ../nbs/12_learner.ipynb #173efb18
 @patch

@@ -306,7 +306,7 @@ class SelectiveSampler(Sampler):
             if count:
                 self.record.offered(n, bp=n, at=self.epoch + self._part())
                 self.record.trained(loss, n)
-                if self.chosen is None: self.record.scored(losses)
+                if self.chosen is None: self._show_all(losses, doubt)
         self._seen += n
 
     def _seen_in(self, losses, pred, yb):
@@ -316,6 +316,13 @@ class SelectiveSampler(Sampler):
         if both is not None: return both # where a loss is not finite, neither is remembered
         losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
         return losses,None if self.selector.by_loss else self._doubt(losses, pred, yb)
+
+    def _show_all(self, losses, doubt):
+        "Put in the record what a batch shows in an epoch that leaves nothing out"
+        self.record.scored(losses)
+        at = self.epoch + self._part()
+        self.record.judged(losses, at=at)
+        if doubt is not None: self.record.judged(doubt, by='doubt', at=at)
 
     def _losses(self, pred, yb):
         if self.loss_func is None and self.per_item is None:
@@ -382,7 +389,7 @@ class SelectiveSampler(Sampler):
         if chosen is not None: order = self._even(order, gen)
         self._order = self._share(from_first(order))
         self._expected = self._rows(len(order))
-        if chosen is not None: self._note_skipped(len(order))
+        if chosen is not None: self.note_skipped(self._rows(len(self.memory))-self._rows(len(order)), len(order))
         return self._order
 
     def _rows(self, n):
@@ -414,10 +421,16 @@ class SelectiveSampler(Sampler):
         padded = order.repeat(-(-total//len(order)))[:total]
         return padded[self.rank::self.num_replicas]
 
-    def _note_skipped(self, loaded):
-        known = self.memory.summary(self.now)
-        n = len(self.memory)
-        self.record.skip(self._rows(n)-self._rows(loaded), known['age'] if known['seen'] else 0., loaded/n)
+    def note_skipped(self,
+        n:int, # How many of this process's items are not loaded
+        loaded:int, # How many items are
+        decided:bool=True, # Are those that are loaded trained on? (Not if a scoring pass follows)
+    ):
+        "Put in the record what is not loaded in this epoch, by what is remembered"
+        m,known = self.memory,self.memory.summary(self.now)
+        self.record.skip(n, known['age'] if known['seen'] else 0., loaded/len(m), known['oldest'])
+        scores = dict(loss=m.losses()) if self.selector.by_loss else dict(doubt=m.doubts(), loss=m.losses())
+        self.record.planned(scores, self.chosen.to(m.device), next(iter(scores)), decided)
 
     def __iter__(self):
         just_looked = not self._seen and self._passes < 2 # workers may have fetched all of it for a look at one batch
