@@ -1124,6 +1124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastsb.select._where_finite': ('select.html#_where_finite', 'fastsb/select.py'),
                                'fastsb.select.bernoulli': ('select.html#bernoulli', 'fastsb/select.py'),
                                'fastsb.select.inclusion': ('select.html#inclusion', 'fastsb/select.py'),
+                               'fastsb.select.named_selector': ('select.html#named_selector', 'fastsb/select.py'),
                                'fastsb.select.systematic': ('select.html#systematic', 'fastsb/select.py')},
             'fastsb.train': { 'fastsb.train.CommandParser': ('train.html#commandparser', 'fastsb/train.py'),
                               'fastsb.train.CommandParser.error': ('train.html#commandparser.error', 'fastsb/train.py'),

@@ -14,7 +14,7 @@ from .history import LossHistory
 from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
 from .sampler import SelectiveSampler, check_remembering
-from .select import DoubtShare, Percentile, Selector, TopK, Uncertainty
+from .select import DoubtShare, Percentile, Selector, TopK, Uncertainty, named_selector
 
 # %% ../nbs/10c_way.ipynb #5729bfcf
 sources = 'auto','model','cached','two_stage'
@@ -32,7 +32,8 @@ class Way:
         exact:bool=True, # Keep exactly round(B/(beta+1)) of `B`, so that nothing waits; False: draw each, as the paper
         batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
-        selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`: see `fastsb.select`
+        selector:Selector|str|None=None, # Another way to choose than `beta`: see `fastsb.select`; or its name: 'topk'
+        keep:float|None=None, # Share of the items to keep: those in most doubt, or what `selector` says by its name
         rescale:str='mean', # 'mean' of what is kept; 'sum' over kept/candidates; 'inverse' to the probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
@@ -45,6 +46,9 @@ class Way:
     ):
         self.window,self.history = Window(start, end),LossHistory(history).size
         if isinstance(score, str): check_choice('score', score, sources)
+        if keep is not None or isinstance(selector, str):
+            if beta is not None: raise ValueError(f"beta={beta!r} chooses by loss: leave keep and selector out.")
+            selector,seed = named_selector(selector, keep, seed),None
         self.by_default = beta is None and selector is None
         if self.by_default and not exact: raise ValueError("exact=False draws by percentiles: pass beta= too.")
         scorer = 'model' if isinstance(score, str) else score
