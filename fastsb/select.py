@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Selection', 'selectors', 'bernoulli', 'inclusion', 'systematic', 'Draws', 'Selector', 'Percentile', 'Random',
            'Hybrid', 'Absolute', 'Threshold', 'TopK', 'LowK', 'LossShare', 'Capped', 'GradNorm', 'ReducibleLoss',
-           'ByDoubt', 'Uncertainty', 'DoubtShare', 'InfoBatch', 'OrderedPool', 'named_selector']
+           'ByDoubt', 'Uncertainty', 'DoubtShare', 'DoubtAbove', 'InfoBatch', 'OrderedPool', 'named_selector']
 
 # %% ../nbs/02_select.ipynb #8c1435c3
 import inspect, math, zlib
@@ -789,6 +789,36 @@ class DoubtShare(ByDoubt):
         settings = [f"{k}={v:g}" for k,v,usual in (('floor',self.floor,.1), ('ceiling',self.ceiling,1.)) if v != usual]
         return f"DoubtShare({', '.join([f'share={self.share:g}', *settings])})"
 
+class DoubtAbove(ByDoubt):
+    """The candidates in at least so much doubt as a part of its mean. Of equals all are kept, or none.
+
+    Where doubt is spread evenly nothing is redundant, and everything is kept; where most of it is held by a few, the
+    others are left out. It works on a batch and, better, on what is remembered of a whole data set. How many are kept
+    depends on the data, so the host waits for a GPU once a selection, and several processes would not keep equally
+    many."""
+    sure = global_ = True
+    def __init__(self,
+        part:float=.7, # Of the mean doubt; 0 keeps everything
+        floor:float=.1, # Fraction of the candidates to keep at least
+        like=None, # For a loss of your own: a known one that takes such predictions, such as `nn.CrossEntropyLoss()`
+        seed:int|None=None, # For the draws of who comes back; not needed to choose
+    ):
+        check_number('part', part); check_number('floor', floor, high=1.)
+        super().__init__(False, seed)
+        self.part,self.floor,self.like = float(part),float(floor),_check_like(like)
+        if part == 0 or floor == 1: self.keep = 1.
+
+    def probs(self, losses, history=None, **context):
+        "1 from `part` of the mean doubt on, 0 below"
+        doubt,n = as_losses(self.measure(losses, **context)),len(losses)
+        doubt = torch.where(doubt.isfinite(), doubt, 0.).clamp(min=0.)
+        least = max(1, math.ceil(self.floor*n - 1e-9))
+        enough = torch.minimum(self.part*doubt.mean(), doubt.topk(least).values[-1])
+        return (doubt >= enough).float()
+
+    def __repr__(self):
+        return f"DoubtAbove(part={self.part:g}{'' if self.floor == .1 else f', floor={self.floor:g}'})"
+
 # %% ../nbs/02_select.ipynb #c2d8d122
 class InfoBatch(Selector):
     """InfoBatch: of the candidates whose loss is below the mean a random (1-r) (Qin et al. 2024, arXiv 2303.04947).
@@ -847,9 +877,10 @@ class OrderedPool(TopK):
     def __repr__(self): return f"OrderedPool(pool={self.pool:g}, keep={self.keep:g})"
 
 # %% ../nbs/02_select.ipynb #0fea6d15
-selectors = dict(percentile=Percentile, random=Random, hybrid=Hybrid, absolute=Absolute, topk=TopK, lowk=LowK,
-     lossshare=LossShare, gradnorm=GradNorm, uncertainty=Uncertainty, doubtshare=DoubtShare,
-    infobatch=InfoBatch, orderedpool=OrderedPool)
+selectors = dict(
+    percentile=Percentile, random=Random, hybrid=Hybrid, absolute=Absolute, topk=TopK, lowk=LowK, lossshare=LossShare,
+    gradnorm=GradNorm, uncertainty=Uncertainty, doubtshare=DoubtShare, doubtabove=DoubtAbove, infobatch=InfoBatch,
+    orderedpool=OrderedPool)
 
 def named_selector(
     selector:str|None=None, # One of `selectors`; None: those in most doubt

@@ -14,7 +14,7 @@ from .history import LossHistory
 from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
 from .sampler import SelectiveSampler, check_remembering
-from .select import DoubtShare, Percentile, Selector, TopK, Uncertainty, named_selector
+from .select import DoubtAbove, Percentile, Selector, TopK, Uncertainty, named_selector
 
 # %% ../nbs/10c_way.ipynb #5729bfcf
 sources = 'auto','model','cached','two_stage'
@@ -71,7 +71,7 @@ class Way:
         "Who chooses by default. Of fresh scores a fixed number is kept, so that nothing waits for a GPU"
         if not doubt: return TopK(.5, seed)
         remembered = isinstance(score, str) and score in ('auto','cached') and stale == 1
-        return DoubtShare(seed=seed) if remembered else Uncertainty(.5, seed=seed)
+        return DoubtAbove(seed=seed) if remembered else Uncertainty(.5, seed=seed)
 
     def _check_source(self):
         "Do selector, scorer, memory and `stale` go together?"
@@ -131,7 +131,7 @@ class Way:
         "Why the default has nothing to go by, if it has not"
         if not self.doubts or shows_doubt(loss_func): return None
         return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(loss_func)} is not "
-                "known as one: if it is, pass selector=DoubtShare(like=nn.CrossEntropyLoss()). To choose by loss, "
+                "known as one: if it is, pass selector=DoubtAbove(like=nn.CrossEntropyLoss()). To choose by loss, "
                 "which seeks out wrong targets, pass beta=1.")
 
     def no_memory(self,
