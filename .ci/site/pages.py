@@ -127,6 +127,22 @@ def headings(html: str) -> list[dict]:
     return top["children"]
 
 
+def without_directives(html: str) -> str:
+    "As nbdev has it: cells with `#| hide` and code with `#| echo: false` are not shown, nor what else nobody needs to read"
+    kind = r'<div class="jp-Cell jp-(?:Code|Markdown|Raw)Cell jp-Notebook-cell[^"]*"(?: id="[^"]*")?>'
+    # a code cell is a `div` in another
+    cells = re.split(rf"(?={kind})(?<!jp-mod-noOutputs\">\n)(?<!jp-Notebook-cell\">\n)|(?=</div> <!-- jp-)", html)
+    shown = []
+    for cell in cells:
+        said = set(re.findall(r'<span class="c1">#\| *([\w-]+)', cell))
+        if "hide" in said or "default_exp" in said:
+            continue
+        if "echo" in said:
+            cell = re.sub(r'<div class="jp-Cell-inputWrapper".*?(?=<div class="jp-Cell-outputWrapper")', "", cell, flags=re.S)
+        shown.append(re.sub(r'<span class="c1">#\| *(?!export\b)[\w-]+.*?</span>\n', "", cell))
+    return "".join(shown)
+
+
 def on_page_content(html, page, config, files):
     "What mkdocs-jupyter makes of a notebook, without scripts and styles of its own, and with links that lead to pages"
     if not page.file.src_uri.endswith(".ipynb"):
@@ -134,7 +150,7 @@ def on_page_content(html, page, config, files):
     html = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
     html = re.sub(r"<div class=\"zeroclipboard-container\">.*?</clipboard-copy>\s*</div>", "", html, flags=re.S)
     html = re.sub(r'<div class="[^"]*clipboard-copy-txt[^"]*".*?</div>', "", html, flags=re.S)
-    html = html.replace("highlight-ipynb", "highlight")
+    html = without_directives(html.replace("highlight-ipynb", "highlight"))
     page.toc = get_toc(headings(html))
     # a picture from elsewhere, such as a badge, is named instead of loaded
     html = re.sub(r'<img\b(?=[^>]*\bsrc="https?:)[^>]*\balt="([^"]*)"[^>]*>', r"\1", html)
