@@ -158,7 +158,7 @@ def _rows(x):
 
 # %% ../nbs/10_loaders.ipynb #d243dc5e
 class shortened(_Altered):
-    """For one epoch `dl` yields `items` only, in the order that it would have given them; a `SortedDL` sorts them again.
+    """For one epoch `dl` yields `items` only, in the order that it would have given them (a `SortedDL`: sorted again).
 
     `with shortened(dl, items): for b in dl: ...`. No last batch is of less than half: then `dl.bs` is a little smaller
     for that epoch, or a few of `items`, drawn, are left out. `drop_last` is obeyed as ever. The shares that a
@@ -246,7 +246,7 @@ class shortened(_Altered):
         return r
 
     def _by_length(self, order, rows):
-        "As a `SortedDL` does it: 50 batches of `rows` at a time sorted by length, then batches in an order that is drawn"
+        "As a `SortedDL` does it: 50 batches of `rows` at a time are sorted by length, then batches shuffled"
         lengths = torch.tensor([self.dl.res[i] for i in order.tolist()])
         parts = zip(order.split(50*rows), lengths.split(50*rows))
         order = torch.cat([part[length.argsort(descending=True, stable=True)] for part,length in parts])

@@ -342,7 +342,7 @@ def test_sorted_loader_stays_sorted():
 
 @pytest.mark.parametrize("n", (90, 97, 9))
 def test_batches_of_chosen_texts_are_of_one_length(n):
-    "Were they cut from the whole epoch's order, where batches stand in any order, long texts would come with short ones"
+    "The whole epoch's batches stand in any order: cut anew from that, long texts would come with short ones"
     ds = Texts(400, np.random.default_rng(0))
     dl = SortedDL(ds, before_batch=pad_input, bs=10, shuffle=True, num_workers=0)
     chosen, orders = torch.randperm(400)[:n], []

@@ -234,3 +234,10 @@ def test_rooms_import_only_what_stands_above_them():
         source = (root / "fastsb" / f"{module.replace('.', '/')}.py").read_text()
         for other in re.findall(r"^from \.([\w.]+) import", source, re.M):
             assert other in at and at[other] < place, f"{module} imports {other}, which does not stand above it"
+
+
+def test_the_site_says_what_settings_say():
+    site, s = yaml.safe_load((root / "mkdocs.yml").read_text()), settings()
+    assert site["site_name"] == s["lib_name"] and site["site_url"] == s["documentation"]
+    assert site["extra"]["social"][0]["link"] == s["repository"]
+    assert s["description"].startswith(site["site_description"])

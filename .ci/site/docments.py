@@ -1,4 +1,4 @@
-"Griffe extension: the comments on a function's arguments, as nbdev's `show_doc` shows them, become its list of parameters."
+"Griffe extension: the comments on a function's arguments become its list of parameters, as nbdev shows them."
 
 import re
 

@@ -1,4 +1,4 @@
-"Hook of mkdocs: the pages that are made from other files than notebooks, where they stand, and links between all of them."
+"Hook of mkdocs: pages that are made from other files than notebooks, their order, and the links between all."
 
 import json
 import logging
@@ -86,11 +86,12 @@ def copy_of(name: str, config) -> str:
 
 def on_config(config):
     how = "Each notebook answers one question, and is the source of a module. They read from top to bottom."
+    seconds = "Short stories, each runs in seconds on a CPU."
     how_measured = "How it is measured: each notebook is the source of a module of `fastsb.bench`."
     config.made = {
         **{page: copy_of(name, config) for name, page in copied.items()},
         "how.md": listing("How it works", how, rooms, "."),
-        "tutorials/index.md": listing("Tutorials", "Short stories, each runs in seconds on a CPU.", tutorials, "tutorials"),
+        "tutorials/index.md": listing("Tutorials", seconds, tutorials, "tutorials"),
         "bench/index.md": listing("How it is measured", how_measured, measuring, "bench"),
         "api/index.md": api_index(),
         **{f"api/{module}.md": api_of(module) for module in modules},
@@ -128,7 +129,7 @@ def headings(html: str) -> list[dict]:
 
 
 def without_directives(html: str) -> str:
-    "As nbdev has it: cells with `#| hide` and code with `#| echo: false` are not shown, nor what else nobody needs to read"
+    "As nbdev has it: what is marked `#| hide` or `#| echo: false` is not shown, nor are marks but `#| export`"
     kind = r'<div class="jp-Cell jp-(?:Code|Markdown|Raw)Cell jp-Notebook-cell[^"]*"(?: id="[^"]*")?>'
     # a code cell is a `div` in another
     cells = re.split(rf"(?={kind})(?<!jp-mod-noOutputs\">\n)(?<!jp-Notebook-cell\">\n)|(?=</div> <!-- jp-)", html)
@@ -138,7 +139,7 @@ def without_directives(html: str) -> str:
         if "hide" in said or "default_exp" in said:
             continue
         if "echo" in said:
-            cell = re.sub(r'<div class="jp-Cell-inputWrapper".*?(?=<div class="jp-Cell-outputWrapper")', "", cell, flags=re.S)
+            cell = re.sub(r'<div class="jp-Cell-inputWrapper".*?(?=<div class="jp-Cell-out)', "", cell, flags=re.S)
         shown.append(re.sub(r'<span class="c1">#\| *(?!export\b)[\w-]+.*?</span>\n', "", cell))
     return "".join(shown)
 
