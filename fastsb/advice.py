@@ -22,6 +22,7 @@ from .loaders import check_loader
 from .losses import shows_doubt
 from .resume import random_state, set_random_state
 from .score import scoring
+from .select import DoubtAbove
 
 # %% ../nbs/14_advice.ipynb #22614823
 measured = [ # data, epochs of plain training, kept after two epochs, share of their time, its interval
@@ -32,7 +33,7 @@ measured = [ # data, epochs of plain training, kept after two epochs, share of t
 
 # %% ../nbs/14_advice.ipynb #6aed77a8
 def expected_share(
-    kept:float, # Share of the items that hold four fifths of the doubt after two epochs
+    kept:float, # Share of the items that the default would keep after two epochs
     epochs:float, # Length of the fit, in epochs of plain training
 ) -> tuple: # Name of the data set that speaks, share of the time, (low, high)
     "What share of the time to expect for the accuracy of plain training, by what was measured on the data most alike"
@@ -100,8 +101,8 @@ class Advice:
             f"Two epochs were measured, of {self.items:,} items each. An item takes {1000*self.item_s:.3g} ms, "
             f"of which loading is {self.loading:.0%}; a forward pass to score it would take {self.scoring:.0%} of that "
             "(by default nothing is scored).",
-            f"The half of the items in most doubt holds {self.half_holds:.0%} of the doubt; {self.kept:.0%} of the "
-            "items hold four fifths of it, and that is what the default would keep now.",
+            f"The half of the items in most doubt holds {self.half_holds:.0%} of the doubt; by default {self.kept:.0%} "
+            "of the items would be kept now.",
             "Measured elsewhere, the share of plain training's time for the same accuracy:",
             *(_row(m) for m in measured),
             "These hold for labels that are mostly right, a learning rate tuned for plain training, and a schedule "
@@ -149,7 +150,7 @@ def _advice(learn, epochs, lr, batches):
     doubt = doubt[doubt.isfinite()].clamp(min=0).double().sort(descending=True).values
     if not doubt.sum() > 0: return _no("the model is sure of everything after two epochs: there is nothing to go by.")
     held = doubt.cumsum(0)/doubt.sum()
-    kept = min(int((held < .8).sum())+1, len(held))/len(held)
+    kept = len(DoubtAbove().select(doubt.float()).idx)/len(doubt)
     item_s = (log.training_s+log.loading_s)/log.bp
     near,share,(low,high) = expected_share(kept, epochs)
     alike = f"as on {near}, whose doubt is spread most alike"

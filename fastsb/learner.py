@@ -33,7 +33,8 @@ def selecting_callback(
     "The callback that `learn.selective_backprop` adds"
     check_bool('paper', paper)
     if paper:
-        who = ('beta','exact') if 'selector' in kwargs else () # who is chosen is said already
+        said = any(kwargs.get(k) is not None for k in ('selector','keep')) # who is chosen
+        who = ('beta','exact') if said else ()
         kwargs = {k: v for k,v in paper_settings.items() if k not in who} | kwargs
     return SelectiveBackpropCallback(**kwargs)
 

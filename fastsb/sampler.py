@@ -18,7 +18,7 @@ from .history import as_losses
 from .losses import loss_and_doubt, per_item_loss, shows_doubt
 from .memory import ItemMemory, as_items, collective_device, onto, together
 from .record import Record
-from .select import ByDoubt, DoubtShare, Selection, Selector
+from .select import ByDoubt, DoubtAbove, Selection, Selector
 
 # %% ../nbs/08_sampler.ipynb #6a5f6217
 def _candidates(memory, items, chunk):
@@ -126,7 +126,7 @@ class SelectiveSampler(Sampler):
     seen is brought together when the next epoch is planned: at its first batch or by `len`. All must come to that."""
     def __init__(self,
         n_items:int, # Number of items in the data set
-        selector:Selector|None=None, # Who chooses; None: those that hold most of the doubt, `DoubtShare()`
+        selector:Selector|None=None, # Who chooses; None: those in most doubt, `DoubtAbove()`
         loss_func=None, # The training's, to read losses and doubts off predictions; None: `observe` is given losses
         epochs:int|None=None, # How many the fit has; needed where `start` or `end` is a share of it
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
@@ -187,7 +187,7 @@ class SelectiveSampler(Sampler):
                 raise ValueError("selector=None goes by the model's doubt, which is read off predictions for a loss "
                                  f"over classes, and loss_func={loss_func!r} is not known as one: "
                                  "pass loss_func=nn.CrossEntropyLoss(), or a selector by loss, such as TopK(.5).")
-            selector = DoubtShare()
+            selector = DoubtAbove()
         check_remembering(selector)
         if loss_func is not None: selector.check(loss_func)
         elif isinstance(selector, ByDoubt) and selector.like is None:

@@ -14,7 +14,7 @@ from .history import LossHistory
 from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
 from .sampler import SelectiveSampler, check_remembering
-from .select import DoubtShare, Percentile, Selector, TopK, Uncertainty
+from .select import DoubtAbove, Percentile, Selector, TopK, Uncertainty, named_selector
 
 # %% ../nbs/10c_way.ipynb #5729bfcf
 sources = 'auto','model','cached','two_stage'
@@ -32,7 +32,8 @@ class Way:
         exact:bool=True, # Keep exactly round(B/(beta+1)) of `B`, so that nothing waits; False: draw each, as the paper
         batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
-        selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`: see `fastsb.select`
+        selector:Selector|str|None=None, # Another way to choose than `beta`: see `fastsb.select`; or its name: 'topk'
+        keep:float|None=None, # Share of the items to keep: those in most doubt, or what `selector` says by its name
         rescale:str='mean', # 'mean' of what is kept; 'sum' over kept/candidates; 'inverse' to the probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
@@ -45,6 +46,9 @@ class Way:
     ):
         self.window,self.history = Window(start, end),LossHistory(history).size
         if isinstance(score, str): check_choice('score', score, sources)
+        if keep is not None or isinstance(selector, str):
+            if beta is not None: raise ValueError(f"beta={beta!r} chooses by loss: leave keep and selector out.")
+            selector,seed = named_selector(selector, keep, seed),None
         self.by_default = beta is None and selector is None
         if self.by_default and not exact: raise ValueError("exact=False draws by percentiles: pass beta= too.")
         scorer = 'model' if isinstance(score, str) else score
@@ -67,7 +71,7 @@ class Way:
         "Who chooses by default. Of fresh scores a fixed number is kept, so that nothing waits for a GPU"
         if not doubt: return TopK(.5, seed)
         remembered = isinstance(score, str) and score in ('auto','cached') and stale == 1
-        return DoubtShare(seed=seed) if remembered else Uncertainty(.5, seed=seed)
+        return DoubtAbove(seed=seed) if remembered else Uncertainty(.5, seed=seed)
 
     def _check_source(self):
         "Do selector, scorer, memory and `stale` go together?"
@@ -127,7 +131,7 @@ class Way:
         "Why the default has nothing to go by, if it has not"
         if not self.doubts or shows_doubt(loss_func): return None
         return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(loss_func)} is not "
-                "known as one: if it is, pass selector=DoubtShare(like=nn.CrossEntropyLoss()). To choose by loss, "
+                "known as one: if it is, pass selector=DoubtAbove(like=nn.CrossEntropyLoss()). To choose by loss, "
                 "which seeks out wrong targets, pass beta=1.")
 
     def no_memory(self,

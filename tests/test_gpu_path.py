@@ -27,6 +27,7 @@ from fastsb.score import Doubtful, Proxy, Scorer
 from fastsb.select import (
     Absolute,
     Capped,
+    DoubtAbove,
     DoubtShare,
     GradNorm,
     Hybrid,
@@ -122,6 +123,7 @@ SELECTORS = {  # and how often the host waits in `select`
     "Threshold": (lambda b: Threshold(0.5), 1),
     "LossShare": (lambda b: LossShare(0.8), 1),
     "DoubtShare": (lambda b: DoubtShare(0.8), 1),
+    "DoubtAbove": (lambda b: DoubtAbove(0.7), 1),
     "InfoBatch": (lambda b: InfoBatch(0.5), 1),
 }
 
@@ -290,7 +292,8 @@ def test_a_sampler(gpu):
                 order = torch.tensor([*s])
             for i, items in enumerate(order.split(32)):
                 torch.manual_seed(100 * epoch + i)
-                pred, y = torch.randn(len(items), 10), torch.randint(10, (len(items),))
+                pred = 5 * torch.rand(len(items), 1) * torch.randn(len(items), 10)  # some are in doubt, some are sure
+                y = torch.randint(10, (len(items),))
                 if device == "cuda":
                     pred, y = gpu.put((pred, y))
                 s.observe(items, pred=pred, yb=y)
@@ -476,7 +479,7 @@ def settings(**kw):
 
 
 LEARNERS = {
-    "default": settings(start=1, end=1.0),
+    "default": settings(selector=lambda: DoubtAbove(1.0), start=1, end=1.0),
     "beta=1": settings(beta=1.0, start=1, end=1.0),
     "model": settings(beta=1.0, score="model", start=1, end=1.0),
     "two_stage": settings(beta=1.0, score="two_stage", start=1, end=1.0),
@@ -486,8 +489,8 @@ LEARNERS = {
     "stale": settings(beta=1.0, score="model", stale=2, start=1, end=1.0),
     "inverse": settings(beta=1.0, score="model", rescale="inverse", start=1, end=1.0),
     "doubtful": settings(score=lambda: Doubtful(0.4), start=1, end=1.0),
-    "fp16": settings(start=1, end=1.0),
-    "mixup": settings(start=1, end=1.0),
+    "fp16": settings(selector=lambda: DoubtAbove(1.0), start=1, end=1.0),
+    "mixup": settings(selector=lambda: DoubtAbove(1.0), start=1, end=1.0),
     "cutmix": settings(beta=1.0, start=1, end=1.0),
 }
 BESIDE = {  # other callbacks, with and without fastsb

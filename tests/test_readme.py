@@ -27,6 +27,6 @@ def test_the_loop_of_ones_own():
     exec(code, scope)
     log = scope["sampler"].log
     trained = [r["bp"] for r in log]
-    assert trained[0] == trained[9] == 1408 and max(trained[1:9]) < 1200 and sum(r["fp"] for r in log) == 0
+    assert trained[0] == trained[9] == 1408 and max(trained[1:9]) < 1300 and sum(r["fp"] for r in log) == 0
     assert scope["sampler"].memory.times().sum() == sum(r["bp"] for r in log)
     assert (model.eval()(x[1408:]).argmax(1) == y[1408:]).float().mean() > 0.85

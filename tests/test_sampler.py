@@ -17,6 +17,7 @@ from fastsb.sampler import SelectiveSampler, WithItems, choose
 from fastsb.select import (
     Absolute,
     Capped,
+    DoubtAbove,
     DoubtShare,
     GradNorm,
     Hybrid,
@@ -226,6 +227,17 @@ def fewest(share, floor=0.1):
     return chosen_of
 
 
+def above(part, floor=0.1):
+    "Those of at least a part of the mean, and the highest if these are too few"
+
+    def chosen_of(v):
+        v = v.astype(np.float32)
+        least = max(1, math.ceil(floor * len(v) - 1e-9))
+        return np.flatnonzero(v >= min(np.float32(part) * v.mean(dtype=np.float32), np.sort(v)[-least]))
+
+    return chosen_of
+
+
 def entropy(logits):
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -239,7 +251,8 @@ ways_to_choose = {
     "threshold": (lambda: Threshold(1.0), lambda v: np.flatnonzero(v > 1), "loss"),
     "doubt": (lambda: Uncertainty(0.5), highest(0.5), "doubt"),
     "share of doubt": (lambda: DoubtShare(0.6, floor=0.5), fewest(0.6, 0.5), "doubt"),
-    "default": (lambda: None, fewest(0.8), "doubt"),
+    "few by doubt": (lambda: DoubtAbove(3.0, floor=0.2), above(3.0, 0.2), "doubt"),
+    "default": (lambda: None, above(0.7), "doubt"),
 }
 windows = [(1, None), (0, 5), (2, 6), (0.1, 0.9), (0.3, 1.0), (1, 0.5)]
 
@@ -308,6 +321,7 @@ every_selector = {
     "rho": lambda n: ReducibleLoss(torch.rand(n), 0.3),
     "like": lambda n: Uncertainty(0.4, like=nn.CrossEntropyLoss()),
     "doubt": lambda n: DoubtShare(0.5, like=nn.CrossEntropyLoss()),
+    "mean doubt": lambda n: DoubtAbove(0.7, like=nn.CrossEntropyLoss()),
 }
 
 

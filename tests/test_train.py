@@ -310,7 +310,7 @@ BAD = [
     ('--strategy topk --prob_pow 2', ['beta=2.0 is not used by selector topk']),
     ('--strategy topk --selector lowk', ["strategy='topk' is a selector already"]),
     ('--selector random --keep .4 --beta 2', ['keep=0.4 and beta=2.0']),
-    ('--threshold 2', ['threshold=2.0 is not used by selector uncertainty']),
+    ('--threshold 2', ['threshold=2.0 is not used by selector doubtabove']),
     ('--staleness 2', ['staleness=2 is not used by score auto']),
     ('--strategy sb --score model --staleness 2', ['staleness=2 is not used by score model']),
     ('--score_size .5', ['score_size=0.5 is not used by score auto']),

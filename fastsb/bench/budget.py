@@ -21,6 +21,7 @@ from ..fit_for import Limit, endless
 from ..learner import Autocast
 from ..check import check_positive
 from ..score import scoring
+from ..smaller import SmallerFirst
 from ..train import LRByExamples
 
 # %% ../../nbs/bench/11_budget.ipynb #dca268ef
@@ -68,6 +69,9 @@ class Budget(Limit):
         if not self.run: return
         before = no_counts() if self.before is None else self.before
         self.counts = dict(before, scorer=self._priced(), steps=dict(before['steps']))
+        for size in (size for cb in self.learn.cbs if isinstance(cb, SmallerFirst) for size in cb.sizes):
+            if f'{size:g}' in self.costs.get('small', {}): continue
+            raise ValueError(f"costs: they hold no price of images of size {size:g}; ask measure_costs for it.")
         self.spent = self._start = spent(self.counts, self.costs)
         self.trained,self._at = 0,dict(candidates=0, fp=0)
 
@@ -115,10 +119,16 @@ class Budget(Limit):
         "Count a step of `rows` rows, if it is not 0"
         c,cb = self.counts,chooser(self.learn)
         if rows:
-            c['steps'][rows] = c['steps'].get(rows, 0) + 1
+            steps = self._steps()
+            steps[rows] = steps.get(rows, 0) + 1
             self.trained += rows
         if cb is not None: self._count_choosing(cb, account(cb), rows > 0)
         self.spent = spent(c, self.costs)
+
+    def _steps(self):
+        "Where steps on images of this size are counted"
+        size = next((cb.now for cb in self.learn.cbs if isinstance(cb, SmallerFirst)), 1.)
+        return self.counts['steps'] if size == 1 else self.counts.setdefault('small', {}).setdefault(f'{size:g}', {})
 
     def _count_choosing(self, cb, now, stepped):
         "Count what choosing has cost since the last time"

@@ -24,6 +24,7 @@ from ..sampler import choose
 from ..learner import Autocast, NoValidation
 from ..engine import SelectiveBackprop
 from ..score import Proxy, Scorer
+from ..smaller import smaller
 from ..select import Percentile
 
 # %% ../../nbs/bench/10_prices.ipynb #e587818b
@@ -43,9 +44,14 @@ def train_seconds(
 
 def no_counts(
     scorer:str|None=None, # Whose price a scored item has, see `price_name`; None: nothing is scored
-) -> dict: # steps {rows: how many}; items: loads, fp, chosen from; batches: offered, scored, observed, remembered
+) -> dict: # steps {rows: how many}, small {size: the same}; items: loads, fp, chosen; batches: offered to remembered
     "Counts of a training that has not begun"
     return dict(scorer=scorer, steps={}, loads=0, fp=0, offered=0, scored=0, observed=0, remembered=0, chosen=0)
+
+def _steps_seconds(costs, steps):
+    "What training steps cost, {rows: how many}, on whole images"
+    rows,n = (np.array(list(o), dtype=float) for o in (steps,steps.values()))
+    return float((train_seconds(costs, rows)*n).sum())
 
 def spent(
     counts:dict, # Counts of a training, as a `Budget` keeps them
@@ -53,8 +59,8 @@ def spent(
 ) -> float: # Seconds
     "What a training has cost, in reference time"
     price = costs['score'].get(counts['scorer'], dict(item=0., learn=0.))
-    rows,n = (np.array(list(o), dtype=float) for o in (counts['steps'],counts['steps'].values()))
-    return float((train_seconds(costs, rows)*n).sum()
+    small = sum(_steps_seconds(costs, steps)*costs['small'][size] for size,steps in counts.get('small', {}).items())
+    return float(_steps_seconds(costs, counts['steps']) + small
                  + counts['loads']*costs['load']
                  + counts['fp']*price['item']
                  + counts['offered']*price['learn']
@@ -124,8 +130,10 @@ def measure_costs(
     precision:str='bf16', # One of `fastsb.bench.command.precisions`
     scorers:tuple=(), # The `Scorer`s whose price is asked for
     reps:int=9, # Rounds, after two that are not counted
+    sizes:tuple=(), # Sizes of `smaller` images whose price is asked for
 ) -> dict: # Seconds: train {rows: s}, score {name: dict(item, learn)}; load, choose an item; select, observe, remember
-    "The prices of all that training and selecting consist of, on the machine at hand: medians over the rounds"
+    """The prices of all that training and selecting consist of, on the machine at hand: medians over the rounds. That
+    of a step on smaller images is a part of one on whole ones: small {size: part}"""
     bs,n,device = dls.train.bs,len(dls.train.dataset),dls.device
     if n < bs:
         raise ValueError(f"items: {n} training images do not fill a batch of bs={bs}; use more images or a smaller bs.")
@@ -145,6 +153,7 @@ def measure_costs(
         r = rows[rounds.i % len(rows)]
         rounds.time(r, lambda: one_batch(i, tuple(o[:r] for o in b)))
         if r == bs:
+            for size in sizes: rounds.time(size, partial(one_batch, i, (smaller(b[0], size), *b[1:])))
             batch = tuple(o.as_subclass(Tensor).to(device) for o in b)
             for s in scorers: _time_score(rounds, s, batch, how)
             _time_choices(rounds, engine, cache, dls.train, batch, how)
@@ -156,6 +165,7 @@ def measure_costs(
     learns = lambda k: rounds['learn',k] if ('learn',k) in rounds else 0.
     return dict(
         train={str(r): rounds[r] for r in rows},
+        **(dict(small={f'{size:g}': round(rounds[size]/rounds[bs], 6) for size in sizes}) if sizes else {}),
         score={k: dict(item=rounds['item',k], learn=learns(k)) for k in map(price_name, scorers)},
         load=rounds['load'], select=round(rounds['pick']+rounds['gather'], 10), observe=rounds['observe'],
         remember=rounds['remember'], choose=round(rounds['choose']+rounds['order'], 12))
