@@ -50,6 +50,7 @@ class Seen(HTMLParser):
             self.loads.append(attrs["href"])
 
 
+@functools.cache
 def pages(site):
     return {p.relative_to(site).as_posix(): Seen(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html"))}
 
@@ -102,6 +103,8 @@ def test_nothing_is_loaded_from_elsewhere(site):
 def test_arguments_have_their_comments(site):
     text = (site / "api/way/index.html").read_text(encoding="utf-8")
     assert "When selection begins: an int is epochs" in text
+    callback = (site / "api/callback/index.html").read_text(encoding="utf-8")
+    assert "Further arguments are those of" in callback and 'href="../way/#fastsb.way.Way"' in callback
     assert "A method of" in (site / "api/fit_for/index.html").read_text(encoding="utf-8")
 
 
@@ -109,6 +112,14 @@ def test_the_search_index_holds_the_one_liner(site):
     docs = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
     found = {d["location"].split("#")[0] for d in docs if "selective_backprop" in d["text"] + d["title"]}
     assert {"", "12_learner/", "api/learner/"} <= found
+
+
+def test_notebooks_are_shown_without_what_is_no_part_of_the_story(site):
+    "Numbers of cells, cells that nbdev hides, and other packages' warnings with paths of somebody's machine"
+    for path in site.rglob("index.html"):
+        text = path.read_text(encoding="utf-8")
+        for unwanted in ("jp-InputPrompt", "#| hide", "default_exp", "/site-packages/"):
+            assert unwanted not in text, f"{path.relative_to(site)}: {unwanted}"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

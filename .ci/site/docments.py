@@ -1,8 +1,11 @@
 "Griffe extension: the comments on a function's arguments become its list of parameters, as nbdev shows them."
 
 import re
+from pathlib import Path
 
 import griffe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def comment_of(line: str) -> str:
@@ -50,10 +53,18 @@ def whose(func: griffe.Function) -> str:
     return f"\n\nA {what} of `{func.parameters[0].annotation}`."
 
 
+def linked(name: str) -> str:
+    "A class or function by its name, as a link if it is on one of the pages"
+    defined = re.compile(rf"^(?:class|def) {re.escape(name)}\b", re.M)
+    of = (p.stem for p in sorted((ROOT / "fastsb").glob("*.py")) if defined.search(p.read_text(encoding="utf-8")))
+    module = next(of, None)
+    return f"`{name}`" if module is None else f"[`{name}`][fastsb.{module}.{name}]"
+
+
 def delegated(func: griffe.Function) -> str:
     "To whom `**kwargs` go"
     to = next((m[1] for d in decorators(func) if (m := re.match(r"delegates\(([\w.]+)", d))), None)
-    return f"\n\nFurther arguments are those of `{to.removesuffix('.__init__')}`." if to else ""
+    return f"\n\nFurther arguments are those of {linked(to.removesuffix('.__init__'))}." if to else ""
 
 
 class Docments(griffe.Extension):

@@ -151,6 +151,10 @@ def on_page_content(html, page, config, files):
     html = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
     html = re.sub(r"<div class=\"zeroclipboard-container\">.*?</clipboard-copy>\s*</div>", "", html, flags=re.S)
     html = re.sub(r'<div class="[^"]*clipboard-copy-txt[^"]*".*?</div>', "", html, flags=re.S)
+    html = re.sub(r'<div class="jp-(?:In|Out)putPrompt[^>]*>[^<]*</div>', "", html)
+    # warnings of other packages about each other
+    stderr = r'<div class="[^"]*" data-mime-type="application/vnd.jupyter.stderr"[^>]*>\s*<pre>'
+    html = re.sub(stderr + r"(?:(?!</pre>).)*?\bsite-packages\b.*?</pre>\s*</div>", "", html, flags=re.S)
     html = without_directives(html.replace("highlight-ipynb", "highlight"))
     page.toc = get_toc(headings(html))
     # a picture from elsewhere, such as a badge, is named instead of loaded
