@@ -1,5 +1,7 @@
 "Will it pay? Two epochs that leave no trace, and figures that are those of the results."
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,23 @@ def test_doubt_that_is_the_same_everywhere(sure):
         assert not a.pays and "nothing to go by" in a.why
     else:
         assert a.kept == 1 and a.half_holds == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_was_measured_stands_in_the_results():
+    from fastsb.bench.runs import read_lines, runs_table
+    from fastsb.bench.tables import time_to_plain
+
+    results = Path(__file__).parent.parent / "nbs" / "results"
+    runs = runs_table(str(results / "equal_time.jsonl"))
+    runs = runs[(runs.labels == "0% wrong") & (runs.lr == 0.2) & runs.method.isin(["plain", "default"])]
+    kept = {r["config"]["data"]: r["kept"] for r in read_lines(results / "advice.jsonl")}
+    files = {"CIFAR-10": "cifar10.npz", "50 classes of Tiny ImageNet": "tiny_imagenet_50"}
+    for m in measured:
+        its = runs[runs.setting.str.startswith(f"{files[m['data']]}, small 32, bs 128")]
+        row = time_to_plain(its).set_index("plain budget").loc[m["epochs"]]
+        assert m["share"] == pytest.approx(row["ratio"], abs=0.006), m
+        assert m["interval"] == pytest.approx((row["low"], row["high"]), abs=0.006), m
+        assert m["kept"] == pytest.approx(kept[files[m["data"]]], abs=0.006), m
 
 
 def test_between_lengths_and_data():

@@ -30,7 +30,7 @@ from .tables import paired, plus_minus, verdict
 from ..check import check_positive
 from ..select import Random
 
-# %% ../../nbs/bench/14b_beyond.ipynb #ae538877
+# %% ../../nbs/bench/14b_beyond.ipynb #5a3013c2
 beyond_methods = dict( # arguments of `learn.selective_backprop`; None: without it
     plain=lambda: None, default=lambda: {}, random=lambda: dict(selector=Random(.5, exact=True), max_age=30000))
 
@@ -121,12 +121,14 @@ def beyond_table(
 ) -> pd.DataFrame: # A row for each data set, length and method: accuracy in %, and the difference to plain training
     "Means over the seeds, and 95 % intervals of the differences by pairs"
     rows = []
-    df = pd.DataFrame([dict(r, **r['config']) for r in lines])
-    for (data,epochs,lr),group in df.groupby(['data','epochs','lr'], sort=False):
+    df = pd.DataFrame([dict(data=r['config']['data'], lr=r['config']['lr'], budget=r['config']['epochs'],
+                            fitted=r['epochs'], **{k: r[k] for k in ('method','seed','accuracy','loss','kept')})
+                       for r in lines])
+    for (data,epochs,lr),group in df.groupby(['data','budget','lr'], sort=False):
         plain = group[group.method == 'plain']
         for m,g in group.groupby('method', sort=False):
             mean,half = t_interval(100*paired(g, plain)) if m != 'plain' else (float('nan'),)*2
             rows.append({'data':data, 'epochs':epochs, 'lr':lr, 'method':m, 'accuracy':100*g.accuracy.mean(),
                 **plus_minus('to plain', (mean,half)), 'verdict':verdict(mean-half, mean+half, 0, 'behind', 'ahead'),
-                'loss':g.loss.mean(), 'kept':g.kept.mean(), 'epochs fitted':g.epochs.mean(), 'seeds':len(g)})
+                'loss':g.loss.mean(), 'kept':g.kept.mean(), 'epochs fitted':g.fitted.mean(), 'seeds':len(g)})
     return pd.DataFrame(rows).round(3)
