@@ -154,11 +154,14 @@ class SelectiveBackpropCallback(Guest):
         self.record.clock.stop('loading')
         self.learn.iter = i
         ready = self._candidates(self.learn._set_device(b))
-        for batch,self.engine.weights in ready:
+        began,part = self.learn.pct_train,1./(self.n_iter*self.n_epoch)
+        for j,(batch,self.engine.weights) in enumerate(ready):
+            if j: self.learn.pct_train = began + part*j/len(ready)
             if self.sampler is not None: *batch,self._rows = batch
             if self._forward.known: self._one(i, tuple(batch))
             else: self._first_batch(i, tuple(batch))
-        if not ready: self._pass_by()
+        if len(ready) != 1: self.learn.pct_train = began + part # progress is counted in candidates
+        if not ready: self.record.clock.start('loading')
 
     def _first_batch(self, i, batch):
         "Find out who prepares batches for the model; then, before any score is needed, what else cannot work"
@@ -166,11 +169,6 @@ class SelectiveBackpropCallback(Guest):
         try: self._one(i, batch)
         finally: stop()
         if not self.engine.checked: self.engine.check_first(batch)
-
-    def _pass_by(self):
-        "A batch of candidates after which there is nothing to train on yet: progress is counted in candidates"
-        self.learn.train_eval.after_batch()
-        self.record.clock.start('loading')
 
     def _candidates(self, b):
         "What is ready to be trained on, once the candidates `b` were offered"
@@ -291,9 +289,10 @@ class SelectiveBackpropCallback(Guest):
         "One line if the fit was too short for any selection; nothing about a stage of one epoch"
         if self.selector.keep == 1 or self._began or self.n_epoch < 2 or len(self._of_this_fit()) < self.n_epoch: return
         how = 'goes by what earlier epochs have shown and '*self.remembered
-        self.say(f"nothing was left out. Selection {how}is from start={self.window.start!r} to "
-                  f"end={self.window.end!r}, and this fit had {self.n_epoch} epochs: fit for longer, or choose another "
-                  "start or end.")
+        w = self.window
+        self.say(f"nothing was left out. Selection {how}begins at {w.start!r} and ends at {w.end!r} (an int is epochs, "
+                 f"a float a share of the fit), and this fit had {self.n_epoch} epochs: fit for longer, or let "
+                 "selection begin earlier or end later.")
 
     def _say_if_it_cannot_pay(self):
         "One line, once, if the losses are too even for selection to pay"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit
+from common import NoisyRows, Spy, digits, digits_learner, digits_model, quiet_fit
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.callback.core import (
     Callback,
@@ -19,13 +19,14 @@ from fastai.callback.core import (
 )
 from fastai.callback.data import PartialDL
 from fastai.callback.hook import ActivationStats
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from torch import nn
 
 from fastsb.callback import SelectiveBackpropCallback
-from fastsb.select import Uncertainty
+from fastsb.select import TopK, Uncertainty
 
 MODES = {
     "default": {},
@@ -353,6 +354,39 @@ def test_others_see_only_batches_that_are_trained_on(kw):
 def test_hyper_parameters_stay_in_step_where_epochs_are_cut_short(kw):
     learn = quiet_fit(digits_learner(cbs=ShortEpochCallback(0.5)).selective_backprop(**kw), 4)
     np.testing.assert_allclose(learn.recorder.hps["lr"], learn.recorder.lrs)
+
+
+@modes
+def test_a_graph_shows_the_validation_where_it_was(kw, monkeypatch):
+    "Among the batches that were trained on"
+    monkeypatch.setattr(ShowGraphCallback, "after_epoch", lambda self: None)  # nothing is drawn here
+    learn = digits_learner(cbs=ShowGraphCallback()).selective_backprop(**kw)
+    ends = []
+
+    class Ends(Callback):
+        def after_train(self):
+            ends.append(len(self.recorder.losses))
+
+    with learn.no_logging():
+        learn.fit_one_cycle(4, 1e-2, cbs=Ends())
+    assert learn.show_graph.nb_batches == ends and ends[-1] == len(learn.recorder.losses) < 80
+
+
+@pytest.mark.parametrize("bs", [8, 16, 64])
+def test_progress_is_of_candidates_whatever_batches_are_built_of_them(bs):
+    spy = Spy()
+    learn = digits_learner(cbs=spy, drop_last=False, n=650).selective_backprop(beta=1, score="model", bs=bs, end=1.0)
+    quiet_fit(learn, 4)
+    assert learn.pct_train == pytest.approx(1) and len(set(spy.pcts)) == len(spy.pcts) == spy.steps
+    assert spy.pcts == sorted(spy.pcts) and spy.pcts[-1] < 1
+    gaps = np.diff(spy.pcts) * 4 * 21
+    np.testing.assert_allclose(np.median(gaps[8:]), bs / 16, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kw", [dict(momentum=1.0), dict(pool=0.0), dict(pool=0), dict(beta=1, selector=TopK(0.5))])
+def test_settings_are_checked_at_the_call(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))):
+        SelectiveBackpropCallback(**kw)
 
 
 # what is no fit
