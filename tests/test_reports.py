@@ -134,6 +134,46 @@ def test_weights_do_not_change_the_scale_of_the_gradient(reduction):
     assert learn.sb.log.selected[1] < 1 and max(means) / min(means) < 2.5
 
 
+class RunningMean(nn.Module):
+    "A loss with a state of its own, which each call changes"
+
+    reduction = "mean"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+        self.calls = 0
+
+    def forward(self, pred, y):
+        l = nn.functional.cross_entropy(pred, y, reduction="none")
+        self.calls += 1
+        self.mean.mul_(0.9).add_(0.1 * l.detach().mean())
+        return l.mean() / self.mean if self.reduction == "mean" else l / self.mean
+
+
+@pytest.mark.parametrize("how", ["beta=0", "beta=1", "doubt", "infobatch", "model", "stale", "filter"])
+def test_a_loss_with_a_state_is_called_as_often_as_without(how):
+    "Where losses of examples are wanted too, it has the state afterwards that it had before"
+    hows = dict(
+        infobatch=lambda learn: learn.infobatch(),
+        filter=lambda learn: learn.batch_loss_filter(),
+        doubt=lambda learn: learn.selective_backprop(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss())),
+        model=lambda learn: learn.selective_backprop(beta=1, score="model"),
+        stale=lambda learn: learn.selective_backprop(beta=1, stale=2),
+    )
+    by_beta = lambda learn: learn.selective_backprop(beta=int(how[-1]))
+    loss = RunningMean()
+    learn = hows.get(how, by_beta)(digits_learner(loss_func=loss, noise=0, p=0))
+    quiet_fit(learn, 4)
+    validated = 4 * len(learn.dls.valid)
+    assert loss.calls == len(learn.recorder.losses) + validated
+    assert (learn.sb.log if how != "filter" else learn.blf.log).selected[1] < 1 or how == "beta=0"
+    if how == "beta=0":
+        plain = RunningMean()
+        quiet_fit(digits_learner(loss_func=plain, noise=0, p=0), 4)
+        assert loss.mean == plain.mean and loss.calls == plain.calls
+
+
 # loaders
 
 
