@@ -6,6 +6,8 @@
 __all__ = ['can_pay', 'SelectiveBackpropCallback']
 
 # %% ../nbs/11_callback.ipynb #6a8f82c4
+import inspect
+
 import pandas as pd
 import torch
 from fastai.callback.mixup import MixHandler
@@ -51,7 +53,11 @@ class SelectiveBackpropCallback(Guest):
     @delegates(Way.__init__)
     def __init__(self,
         **kwargs # The settings, which check themselves
-    ): self.way = Way(**kwargs)
+    ):
+        settings = inspect.signature(Way).parameters
+        if strange := [k for k in kwargs if k not in settings]:
+            raise TypeError(f"There is no argument {strange[0]}={kwargs[strange[0]]!r}, only {', '.join(settings)}.")
+        self.way = Way(**kwargs)
 
     # the settings that others ask for
     selector = property(lambda self: self.way.selector, doc="Who chooses in the fit at hand")

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .callback import SelectiveBackpropCallback
-from .check import check_bool, check_positive
+from .check import check_bool, check_choice, check_positive
 from .losses import per_item_loss
 from .select import InfoBatch, LossShare
 
@@ -63,6 +63,7 @@ class BatchLossFilterCallback(SelectiveBackpropCallback):
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
         bs:int|None=None, # Rows of the batches that 'accumulate' builds; None: as the loader has it
     ):
+        check_choice('rescale', rescale, ('mean','sum'))
         selector = LossShare(min_loss_perc, min_samples_perc)
         super().__init__(start=start, end=end, batching=batching, selector=selector, rescale=rescale, per_item=per_item,
                          score='model', bs=bs)

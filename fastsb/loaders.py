@@ -46,8 +46,8 @@ def check_loader(
     if not isinstance(dl, DataLoader):
         why = f"a {type(dl).__module__}.{name} does not tell: only fastai's DataLoaders do"
     elif _is(dl, 'LMDataLoader'):
-        raise ValueError(f"The batches of an {name} are stretches of one long text, which leaving rows out would break: "
-                         "train a language model on all of it, without fastsb.")
+        raise ValueError(f"The batches of an {name} are stretches of one long text, which leaving rows out would "
+                         "break: train a language model on all of it, without fastsb.")
     elif not dl.indexed or dl.n is None: why = f"the data set of this {name} has no indices or no length"
     elif dl.bs is None: why = f"this {name} has bs=None: its data set gives whole batches"
     elif step := _makes_its_own(dl): why = f"this {name} has a `{step}` of its own"

@@ -105,6 +105,7 @@ class Way:
         if why: self.give_up()
         if self.selector.keep == 1: return why
         self.selector.check(loss_func)
+        if self.selector.needs_items: self.selector.check_items(item_count(inner_loader(dl)))
         if mixes and (self.rescale != 'mean' or self.selector.weighted):
             who = f"rescale={self.rescale!r}" if self.rescale != 'mean' else f"{self.selector}"
             what = "leave rescale='mean'" if self.rescale != 'mean' else "choose by selector=TopK(.5)"
