@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import NoisyRows, Spy, digits, digits_learner, digits_model, quiet_fit
+from common import NoisyRows, Spy, digits, digits_learner, digits_model, own_methods, quiet_fit
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.callback.core import (
     Callback,
@@ -36,19 +36,6 @@ MODES = {
     "two_stage": dict(beta=1, score="two_stage"),
 }
 modes = pytest.mark.parametrize("kw", MODES.values(), ids=MODES)
-
-
-def own_methods(learn):
-    "What stands in the place of the learner's methods and of its loader's, and what it shows"
-    names = ("_with_events", "one_batch", "_call_one", "all_batches")
-    dl = learn.dls.train
-    return (
-        {k: vars(learn).get(k) for k in names},
-        [k for k in ("do_item", "do_batch", "new", "get_idxs") if k in vars(dl)],
-        (dl.n, dl.bs, dl.drop_last),
-        [m.name for m in learn.metrics],
-        getattr(learn.loss_func, "reduction", None),
-    )
 
 
 # doubt that is none
