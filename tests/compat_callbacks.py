@@ -283,7 +283,9 @@ def fit(names, mode, path):
 
 
 def take_off(learn):
-    "Outside of a fit, a `FetchPredsCallback` fetches without end, in plain fastai too"
+    """What ends badly outside of a fit, in plain fastai too: a `FetchPredsCallback` fetches without end,
+    a `TerminateOnNaNCallback` looks at what the poison has left"""
+    learn.remove_cb(TerminateOnNaNCallback)
     if hasattr(learn, "fetch_preds"):
         learn.fetched = getattr(learn.fetch_preds, "preds", None)
         learn.remove_cb(FetchPredsCallback)
