@@ -1,9 +1,12 @@
 "The public API: `from fastsb.all import *`"
 
+from fastsb.advice import *
 from fastsb.buffer import *
 from fastsb.callback import *
 from fastsb.engine import *
+from fastsb.fit_for import *
 from fastsb.history import *
+from fastsb.items import *
 from fastsb.learner import *
 from fastsb.losses import *
 from fastsb.memory import *

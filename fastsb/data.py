@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['datasets', 'models', 'check_arrays', 'load_arrays', 'ArrayDS', 'ArrayDL', 'CropFlip', 'Cutout', 'image_dls',
-           'folder_dls', 'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
+           'folder_arrays', 'folder_dls', 'small_resnet', 'resnet18_32', 'PreActBlock', 'wide_resnet', 'get_model']
 
 # %% ../nbs/30_data.ipynb #8cbbd569
 import shutil, zipfile, zlib
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torchvision
 from fastai.vision.all import *
+
+from .memory import onto
 
 # %% ../nbs/30_data.ipynb #dae313e7
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
@@ -112,11 +115,12 @@ def _npz(path):
 
 def load_arrays(
     dataset:str='digits', # One of `datasets`; svhn is SVHN's train part, svhn_full its train and extra parts
-    data:str=None, # An .npz file with x_train, y_train, x_test, y_test, instead of a data set by name
+    data:str=None, # Instead: an .npz with x_train, y_train, x_test, y_test, or a folder of images of one size by class
     data_dir:str='~/.fastai/data', # Folder that torchvision's data sets are in or are downloaded to
     download:bool=True # Download what is not in `data_dir`?
 ) -> tuple: # x_train uint8 (n,h,w,c), y_train int64 (n,), x_test (m,h,w,c), y_test (m,)
-    "The arrays of a data set by name, or of an .npz file"
+    "The arrays of a data set by name, of an .npz file, or of a folder"
+    if data is not None and Path(data).expanduser().is_dir(): return folder_arrays(data)
     if data is not None: return check_arrays(*_npz(Path(data).expanduser()), src=str(data))
     if dataset not in datasets: raise ValueError(f"dataset must be one of {', '.join(datasets)}, not {dataset!r}.")
     arrays = _digits() if dataset == 'digits' else _torchvision(dataset, data_dir, download)
@@ -138,6 +142,12 @@ class ArrayDS:
         return TensorImage(x.permute(*channels_first)), TensorCategory(self.y[i])
     def new_empty(self): return type(self)(self.x[:0], self.y[:0], self.split_idx)
     def decode(self, o, full=True): return o[0],Category(str(int(o[1])))
+    @contextmanager
+    def set_split_idx(self, i):
+        "Be data to train on (0, augmented) or to validate on (1) for a while, as fastai's `Datasets`"
+        old,self.split_idx = self.split_idx,i
+        try: yield self
+        finally: self.split_idx = old
 
 class ArrayDL(TfmdDL):
     "A fastai loader over an `ArrayDS`: one index operation a batch"
@@ -154,7 +164,7 @@ class ArrayDL(TfmdDL):
                              f"them on the CPU, as image_dls(num_workers={num_workers}) does, or use num_workers=0.")
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
     def do_item(self, s): return 0 if s is None else s
-    def create_batch(self, b): return self.dataset[torch.as_tensor(b, device=self.dataset.y.device)]
+    def create_batch(self, b): return self.dataset[onto(torch.as_tensor(b), self.dataset.y.device)]
     def retain(self, res, b): return res
 
 # %% ../nbs/30_data.ipynb #aeedb9e5
@@ -265,6 +275,40 @@ def _drawn(path, valid_pct, seed):
     valid,train = ([files[i] for i in sorted(part)] for part in (order[:n], order[n:]))
     return train, valid, classes
 
+def _split(path, valid_pct, seed):
+    "The images to train on, those to validate on, and the classes; or what is wrong with the folder"
+    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder.")
+    train,valid,classes = _train_and_valid(path) if (path/'train').is_dir() else _drawn(path, valid_pct, seed)
+    if len(classes) < 2:
+        found = ', '.join(classes) or 'none'
+        raise ValueError(f"{path}: two or more subfolders of images are needed, one for each class; found: {found}.")
+    if not train or not valid:
+        raise ValueError(f"{path}: {len(train)} images to train on and {len(valid)} to validate on are not enough.")
+    return train, valid, classes
+
+def _pixels(files):
+    "The images as one array uint8 (n,h,w,3)"
+    read = [np.asarray(PILImage.create(f)) for f in files]
+    for f,x in zip(files, read):
+        if x.shape == read[0].shape: continue
+        (h,w),(h0,w0) = x.shape[:2],read[0].shape[:2]
+        raise ValueError(f"{f}: {w}x{h} pixels, but {files[0].name} has {w0}x{h0}: arrays need images of one size; "
+                         "folder_dls resizes them.")
+    return np.stack(read)
+
+def folder_arrays(
+    path, # Folder with a subfolder of images for each class, or with such folders train and valid, val or test
+    valid_pct:float=.2, # Without a folder to validate on: share of the images that is put aside for it
+    seed:int=0, # Without a folder to validate on: seed of that draw
+) -> tuple: # x_train uint8 (n,h,w,3), y_train int64 (n,), x_test (m,h,w,3), y_test (m,)
+    "The arrays of a folder of images by class, all of one size, that fit into memory; grey ones get three channels"
+    path = Path(path).expanduser()
+    train,valid,classes = _split(path, valid_pct, seed)
+    number = {name: i for i,name in enumerate(classes)}
+    labels = lambda files: np.array([number[_class_of(f, classes)] for f in files])
+    x = _pixels(train+valid)
+    return check_arrays(x[:len(train)], labels(train), x[len(train):], labels(valid), src=str(path))
+
 def folder_dls(
     path, # Folder with a subfolder of images for each class, or with such folders train and valid, val or test
     size:int=64, # Side in pixels of the squares that images are resized to
@@ -279,13 +323,7 @@ def folder_dls(
 ) -> DataLoaders: # With `dls.c` classes, named in `dls.vocab`
     "`DataLoaders` over a folder of images by class: normalized `TensorImage` (b,3,size,size) and `TensorCategory` (b,)"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder.")
-    train,valid,classes = _train_and_valid(path) if (path/'train').is_dir() else _drawn(path, valid_pct, seed)
-    if len(classes) < 2:
-        found = ', '.join(classes) or 'none'
-        raise ValueError(f"{path}: two or more subfolders of images are needed, one for each class; found: {found}.")
-    if not train or not valid:
-        raise ValueError(f"{path}: {len(train)} images to train on and {len(valid)} to validate on are not enough.")
+    train,valid,classes = _split(path, valid_pct, seed)
     n,files = len(train),train+valid
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=classes)),

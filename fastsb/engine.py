@@ -16,7 +16,7 @@ from .buffer import BatchBuffer, Misfit, leaves, n_rows, rebuild, take
 from .check import Window, check_bool, check_callable, check_choice, check_int
 from .history import LossHistory
 from .losses import per_item_loss
-from .memory import ItemMemory
+from .memory import ItemMemory, onto
 from .record import Record
 from .score import as_scorer, model_batch
 from .select import Percentile, Selector, check_selector
@@ -237,9 +237,16 @@ class SelectiveBackprop:
                 self.fill(losses, rank=self.scorer.own)
                 self.selector.observe(losses, **known)
             scores = self.selector.measure(losses, **known)
+            if self.whole if fill is None else fill: self._note(losses, scores)
             if self.memory is not None and self._row_items is not None:
                 self.memory.update(self._row_items, scores, epoch=self.epoch)
             return scores
+
+    def _note(self, losses, scores, kept=None):
+        "Put in the record what candidates were judged by: doubts only if they are at hand in any case"
+        doubt = self.keep_scores and not self.selector.by_loss
+        at = self.epoch + self.done
+        self.record.judged(scores if doubt else losses, kept, 'doubt' if doubt else 'loss', at)
 
     def trained(self,
         loss:Tensor, # () mean loss of the batch just trained on
@@ -366,7 +373,7 @@ class SelectiveBackprop:
                 remembered = self.memory.losses(items)
             losses,pred,yb = self._score(batch, remembered)
             s = self._choose(losses, pred, yb, items)
-            self._judged(losses, pred, yb, items)
+            self._judged(losses, pred, yb, items, s.idx)
             ready = self._keep(batch, s, n)
             fp,share = self.scorer.count(n),len(s.idx)/n
         self._since = since
@@ -374,11 +381,12 @@ class SelectiveBackprop:
         self.record.offered(n, fp=fp, bp=bp, share=share, at=self.epoch+self.done)
         return ready if never else self._offered(ready)
 
-    def _judged(self, losses, pred, yb, items):
+    def _judged(self, losses, pred, yb, items, kept):
         "Keep the scores of the candidates, if somebody wants them"
         s = self.selector
         if type(s).measure is Selector.measure: self.scores = losses
         else: self.scores = s.measure(losses, loss_func=self.loss_func, pred=pred, yb=yb) if self.keep_scores else None
+        self._note(losses, self.scores, kept)
         if self.memory is None or items is None: return
         fresh = self.scorer.scored
         self.memory.update(items[fresh], losses[fresh], epoch=self.epoch, trained=False)
@@ -424,7 +432,7 @@ class SelectiveBackprop:
         if self._items_at is None: return None
         items = _entry(batch, self._items_at)
         if not isinstance(items, Tensor): items = torch.tensor(items)
-        items = items.as_subclass(Tensor).to(self.device)
+        items = onto(items.as_subclass(Tensor), self.device)
         if items.is_floating_point() or items.numel() != n_rows(batch):
             raise ValueError(f"items={self._items_at!r}: that entry must be a whole number for each of the "
                              f"{n_rows(batch)} examples, not a {items.dtype} tensor of shape {tuple(items.shape)}.")

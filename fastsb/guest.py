@@ -15,9 +15,9 @@ from fastcore.foundation import L
 
 # %% ../nbs/10b_guest.ipynb #d6951fef
 class _Metrics(L):
-    "A learner's metrics with one more, which does not go with an export"
-    guest = None
-    def __reduce__(self): return L,([m for m in self if m is not self.guest],)
+    "A learner's metrics with some more, which do not go with an export"
+    guests = ()
+    def __reduce__(self): return L,([m for m in self if all(m is not g for g in self.guests)],)
 
 class Guest(Callback):
     "A callback that knows whether a fit is under way, and leaves the learner as it was, whatever happens"
@@ -72,13 +72,13 @@ class Guest(Callback):
         return partial(getattr(type(self.learn), name), self.learn) if old is None else old
 
     def show(self,
-        metric, # A fastai `Metric`
+        *metrics # fastai `Metric`s
     ):
-        "Have a column in the progress table"
+        "Have columns in the progress table"
         learn = self.learn
-        def undo(): learn.metrics = L(m for m in learn.metrics if m is not metric)
-        learn._metrics = _Metrics([*learn.metrics, metric])
-        learn._metrics.guest = metric
+        def undo(): learn.metrics = L(m for m in learn.metrics if all(m is not g for g in metrics))
+        learn._metrics = _Metrics([*learn.metrics, *metrics])
+        learn._metrics.guests = metrics
         self._undo = (*self._undo, undo)
 
     def alter(self,

@@ -8,6 +8,7 @@ __all__ = ['inner_loader', 'item_count', 'check_loader', 'ItemTracker', 'shorten
 # %% ../nbs/10_loaders.ipynb #e5cfa90b
 import random
 
+import numpy as np
 import torch
 from fastai.data.load import DataLoader
 from torch import Tensor
@@ -100,7 +101,7 @@ class ItemTracker(_Altered):
 
     It is right for any number of workers, order, sampling and padding. What it cannot see is a `before_batch` that
     changes the order of its samples."""
-    items:Tensor|None = None # (B,) long, on the loader's device: indices into `dl.dataset` of the batch that came last
+    items:Tensor|None = None # (B,) long, on the host: indices into `dl.dataset` of the batch that came last
     def __init__(self,
         dl, # A fastai `DataLoader`
     ): super().__init__(dl)
@@ -121,7 +122,8 @@ class ItemTracker(_Altered):
     def _do_batch(self, pairs):
         b = dict(_batch=self._was('do_batch', [o for _,o in pairs]))
         looks_only = pairs[0][0] is None # a `TfmdDL` that wants to know what its batches are like
-        if not looks_only: b['_items'] = torch.tensor([int(i) for i,_ in pairs])
+        # an array, which fastai leaves on the host: there `ItemMemory` can collect, and nobody waits for a copy
+        if not looks_only: b['_items'] = np.array([int(i) for i,_ in pairs], dtype=np.int64)
         return b
 
     def _untag(self, b):
@@ -136,7 +138,7 @@ class ItemTracker(_Altered):
         if n is not None and n != len(items):
             raise ValueError(f"A batch of {n} rows was made of {len(items)} items, so it is not known which is whose: "
                              "use learn.selective_backprop(beta=1, score='model').")
-        self.items = items
+        self.items = torch.from_numpy(items)
         return b
 
     def take(self) -> Tensor|None: # (B,) long; None if no batch came since the last time

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_losses', 'loss_setting', 'loss_name', 'unreduced', 'loss_kind', 'per_item_loss', 'shows_doubt', 'doubt_problem',
-           'has_target', 'prediction_entropy', 'weighted_loss']
+           'has_target', 'prediction_entropy', 'loss_and_doubt', 'weighted_loss']
 
 # %% ../nbs/00_losses.ipynb #a8d2b0b5
 import inspect
@@ -312,6 +312,30 @@ def prediction_entropy(
     there = _has_target(loss_func, yb, *h.shape)
     if there is None: return h.mean(1)
     return torch.where(there, h, 0.).sum(1)/there.sum(1).clamp(min=1)
+
+def _plain_classes(loss_func, pred, yb):
+    "The `ignore_index` of `loss_func`, if it is plain cross-entropy of such predictions and targets; else None"
+    *outer,f = _layers(loss_func)
+    flat = [_whole_name(type(o)) for o in outer] == [('fastai.losses','CrossEntropyLossFlat')]
+    if outer and not (flat and loss_func.axis == -1 and loss_func.is_2d and not loss_func.floatify): return None
+    if type(f) is not nn.CrossEntropyLoss or f._forward_hooks or f._forward_pre_hooks: return None
+    if f.weight is not None or f.label_smoothing or len(yb) != 1 or not isinstance(yb[0], Tensor): return None
+    if not isinstance(pred, Tensor): return None
+    logits = pred.dim() == 2 and pred.shape[1] > 1 and pred.dtype == torch.float32
+    classes = yb[0].dim() == 1 and yb[0].dtype == torch.long and len(yb[0]) == len(pred)
+    return f.ignore_index if logits and classes else None
+
+def loss_and_doubt(
+    loss_func, # Loss that training uses
+    pred, # The model's output for `B` examples
+    *yb, # Target(s)
+) -> tuple|None: # (B,) losses and (B,) entropies, float32; None where `loss_func` is not plain cross-entropy
+    "`per_item_loss` and `prediction_entropy` at once, with one softmax for both"
+    ignore = _plain_classes(loss_func, pred, yb)
+    if ignore is None: return None
+    y,l = _plain(yb[0]),_plain(pred.detach()).log_softmax(1)
+    h = -(l.exp()*l.clamp(min=-1e30)).sum(1)
+    return F.nll_loss(l, y, ignore_index=ignore, reduction='none'),h.masked_fill(y == ignore, 0.)
 
 # %% ../nbs/00_losses.ipynb #cf50ae73
 def _contributions(loss_func, pred, yb, n, per_item):

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .check import Window, check_bool, check_callable, check_choice, check_int
 from .history import as_losses
-from .losses import per_item_loss, shows_doubt
-from .memory import ItemMemory, as_items, collective_device, together
+from .losses import loss_and_doubt, per_item_loss, shows_doubt
+from .memory import ItemMemory, as_items, collective_device, onto, together
 from .record import Record
-from .select import ByDoubt, Selection, Selector, Uncertainty, check_selector
+from .select import ByDoubt, DoubtAbove, Selection, Selector, check_selector
 
 # %% ../nbs/08_sampler.ipynb #6a5f6217
 def _candidates(memory, items, chunk):
@@ -126,7 +126,7 @@ class SelectiveSampler(Sampler):
     seen is brought together when the next epoch is planned: at its first batch or by `len`. All must come to that."""
     def __init__(self,
         n_items:int, # Number of items in the data set
-        selector:Selector|None=None, # Who chooses; None: those in most doubt, `Uncertainty(.5)`
+        selector:Selector|None=None, # Who chooses; None: those in most doubt, `DoubtAbove()`
         loss_func=None, # The training's, to read losses and doubts off predictions; None: `observe` is given losses
         epochs:int|None=None, # How many the fit has; needed where `start` or `end` is a share of it
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
@@ -189,7 +189,7 @@ class SelectiveSampler(Sampler):
                 raise ValueError("selector=None goes by the model's doubt, which is read off predictions for a loss "
                                  f"over classes, and loss_func={loss_func!r} is not known as one: "
                                  "pass loss_func=nn.CrossEntropyLoss(), or a selector by loss, such as TopK(.5).")
-            selector = Uncertainty(.5)
+            selector = DoubtAbove()
         check_remembering(selector)
         if loss_func is not None: selector.check(loss_func)
         elif isinstance(selector, ByDoubt) and selector.like is None:
@@ -285,7 +285,7 @@ class SelectiveSampler(Sampler):
 
         The loss of the batch is then the mean of weight times loss."""
         if self._weights is None: return None
-        return self._weights[as_items(items, len(self.memory)).to(self.memory.device)]
+        return self._weights[onto(as_items(items, len(self.memory)), self.memory.device)]
 
     # what training shows
     def observe(self,
@@ -300,8 +300,7 @@ class SelectiveSampler(Sampler):
         "Remember what training has just shown of these items. Once for each batch that is trained on; nobody waits"
         with torch.no_grad():
             yb = tuple(yb) if isinstance(yb, (tuple,list)) else (yb,)
-            losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
-            doubt = None if self.selector.by_loss else self._doubt(losses, pred, yb)
+            losses,doubt = self._seen_in(losses, pred, yb)
             loss = losses.mean() if loss is None else torch.as_tensor(loss)
             own = _if_sure(losses, sure),_if_sure(doubt, sure)
             self.memory.update(items, *own, epoch=self.now)
@@ -309,8 +308,23 @@ class SelectiveSampler(Sampler):
             if count:
                 self.record.offered(n, bp=n, at=self.epoch + self._part())
                 self.record.trained(loss, n)
-                if self.chosen is None: self.record.scored(losses)
+                if self.chosen is None: self._show_all(losses, doubt)
         self._seen += n
+
+    def _seen_in(self, losses, pred, yb):
+        "Losses, and doubts if the selector goes by them"
+        plain = type(self.selector).measure is ByDoubt.measure and self.selector.like is None
+        both = loss_and_doubt(self.loss_func, pred, *yb) if plain and losses is None and self.per_item is None else None
+        if both is not None: return both # where a loss is not finite, neither is remembered
+        losses = self._losses(pred, yb) if losses is None else as_losses(torch.as_tensor(losses))
+        return losses,None if self.selector.by_loss else self._doubt(losses, pred, yb)
+
+    def _show_all(self, losses, doubt):
+        "Put in the record what a batch shows in an epoch that leaves nothing out"
+        self.record.scored(losses)
+        at = self.epoch + self._part()
+        self.record.judged(losses, at=at)
+        if doubt is not None: self.record.judged(doubt, by='doubt', at=at)
 
     def _losses(self, pred, yb):
         if self.loss_func is None and self.per_item is None:
@@ -377,7 +391,7 @@ class SelectiveSampler(Sampler):
         if chosen is not None: order = self._even(order, gen)
         self._order = self._share(from_first(order))
         self._expected = self._rows(len(order))
-        if chosen is not None: self._note_skipped(len(order))
+        if chosen is not None: self.note_skipped(self._rows(len(self.memory))-self._rows(len(order)), len(order))
         return self._order
 
     def _rows(self, n):
@@ -409,10 +423,16 @@ class SelectiveSampler(Sampler):
         padded = order.repeat(-(-total//len(order)))[:total]
         return padded[self.rank::self.num_replicas]
 
-    def _note_skipped(self, loaded):
-        known = self.memory.summary(self.now)
-        n = len(self.memory)
-        self.record.skip(self._rows(n)-self._rows(loaded), known['age'] if known['seen'] else 0., loaded/n)
+    def note_skipped(self,
+        n:int, # How many of this process's items are not loaded
+        loaded:int, # How many items are
+        decided:bool=True, # Are those that are loaded trained on? (Not if a scoring pass follows)
+    ):
+        "Put in the record what is not loaded in this epoch, by what is remembered"
+        m,known = self.memory,self.memory.summary(self.now)
+        self.record.skip(n, known['age'] if known['seen'] else 0., loaded/len(m), known['oldest'])
+        scores = dict(loss=m.losses()) if self.selector.by_loss else dict(doubt=m.doubts(), loss=m.losses())
+        self.record.planned(scores, self.chosen.to(m.device), next(iter(scores)), decided)
 
     def __iter__(self):
         just_looked = not self._seen and self._passes < 2 # workers may have fetched all of it for a look at one batch

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from fastcore.docments import docments
 from fastcore.imports import IN_NOTEBOOK
 
+import fastsb.fit_for # noqa: F401 (`learn.fit_for`)
 from . import __version__
 from .callback import SelectiveBackpropCallback
 from .check import check_bool, check_choice, check_int, check_number, check_positive
@@ -26,7 +27,8 @@ from .plot import plot_shares
 from .record import Record, log_columns
 from .learner import Autocast
 from .score import Scorer
-from .select import Absolute, GradNorm, Hybrid, LowK, OrderedPool, Percentile, Random, Threshold, TopK, Uncertainty
+from .select import (
+    Absolute, DoubtAbove, GradNorm, Hybrid, LowK, OrderedPool, Percentile, Random, Threshold, TopK, Uncertainty)
 
 # %% ../nbs/31_train.ipynb #9baf265d
 def read_lr_sched(
@@ -169,12 +171,14 @@ _selectors = dict(
     topk=(TopK, ('keep',)),
     lowk=(LowK, ('keep',)),
     uncertainty=(Uncertainty, ('keep',)),
+    doubtabove=(DoubtAbove, ('part',)),
     orderedpool=(OrderedPool, ('keep',)),
     threshold=(lambda threshold=1.: Threshold(threshold), ('threshold',)),
     gradnorm=(GradNorm, ()))
 _same = dict(relative='percentile', alwayson='model') # the reference implementation's words: ours
 
-_choosing = tuple('selector beta keep threshold rescale score staleness score_size score_precision start end'.split())
+_choosing = tuple('selector beta keep part threshold rescale score staleness'.split())
+_choosing += 'score_size','score_precision','start','end'
 # strategy: the options that it takes
 _methods = dict(
     default=_choosing,
@@ -199,7 +203,7 @@ def _who_chooses(o):
     "Name of the selector, as the options say, and the options that go with it"
     if o.selector is not None: return o.selector, _selectors[o.selector][1]
     if o.strategy == 'sb' or o.beta is not None: return 'percentile', ('beta',)
-    return 'uncertainty', ('keep',)
+    return ('uncertainty', ('keep',)) if o.keep is not None else ('doubtabove', ('part',))
 
 def _check_used(o):
     "Raise `ValueError` for an option that was given and that nothing makes use of"
@@ -210,7 +214,7 @@ def _check_used(o):
         v = getattr(o, name)
         if v is None: continue
         if name not in takes: who = f"strategy {o.strategy}"
-        elif name in ('beta','keep','threshold') and name not in args: who = f"selector {selector}"
+        elif name in ('beta','keep','part','threshold') and name not in args: who = f"selector {selector}"
         elif name == 'staleness' and score != 'stale': who = f"score {score}, only by score stale"
         elif name.startswith('score_') and not makes_pass: who = f"score {score}, only by score model or stale"
         else: continue
@@ -227,7 +231,7 @@ def _select(learn, o):
     if o.strategy == 'infobatch': learn.infobatch(**({} if o.end is None else dict(delta=o.end)))
     if o.strategy not in ('default','sb'): return
     kwargs = given('rescale','start','end')
-    if o.selector is not None or o.keep is not None:
+    if any(v is not None for v in (o.selector, o.keep, o.part)):
         name,args = _who_chooses(o)
         kwargs['selector'] = _selectors[name][0](**given(*args))
     else: kwargs |= given('beta')
@@ -250,11 +254,21 @@ def _check_options(o):
     if o.seed >= 2**32: raise ValueError(f"seed={o.seed} must be at most {2**32-1}.")
     check_positive('learning_rate', o.learning_rate)
     if o.keep is not None: check_positive('keep', o.keep, high=1.)
+    if o.part is not None: check_number('part', o.part)
     if o.threshold is not None: check_number('threshold', o.threshold)
+    _check_length(o)
     _settle(o)
     _check_used(o)
     if o.strategy == 'infobatch' and o.end is not None:
         check_positive('end', o.end, high=1., why=', for infobatch a fraction of the fit')
+
+def _check_length(o):
+    "Raise `ValueError` unless one thing says how long the fit is"
+    if o.budget is None: return
+    check_positive('budget', o.budget, why=', epochs of plain training whose time is meant')
+    if o.epochs != 30: raise ValueError(f"epochs={o.epochs} and budget={o.budget:g} both say how long: give one.")
+    if o.lr_sched is not None:
+        raise ValueError(f"budget={o.budget:g} trains with one cycle over that time: leave lr_sched out.")
 
 def _make_dir(output_dir):
     "Folder `output_dir`, made if need be, that files can be written into"
@@ -318,7 +332,9 @@ def _run(o, learn, sched, out):
     report = EpochReport(out/'log.csv', o.report)
     with _reporting(learn):
         if sched: learn.fit(o.epochs, cbs=[LRByExamples(sched, o.forwardlr), report])
-        else: learn.fit_one_cycle(o.epochs, o.learning_rate, moms=(0.9,0.9,0.9), cbs=report)
+        else:
+            fit,length = (learn.fit_one_cycle,o.epochs) if o.budget is None else (learn.fit_for,o.budget)
+            fit(length, o.learning_rate, moms=(0.9,0.9,0.9), cbs=report)
     log,cb = pd.DataFrame(report.rows),_chooser(learn)
     ax = plot_shares(log) if cb is None else cb.plot_selected()
     ax.figure.savefig(out/'selected.png', dpi=150)
@@ -337,10 +353,12 @@ def fastsb_train(
     model:str='small', # small (a ResNet that two CPU cores can train), resnet18, wrn16_4 or wrn28_10
     batch_size:int=128, # Examples in a training step
     epochs:int=30, # Passes over the training set
+    budget:float=None, # Instead of epochs: train for the time that so many plain epochs take (learn.fit_for)
     learning_rate:float=0.1, # Highest learning rate of the one-cycle schedule
-    selector:str=None, # percentile, hybrid, absolute, random, topk, lowk, uncertainty, orderedpool, threshold, gradnorm
+    selector:str=None, # percentile, hybrid, absolute, random, topk, lowk, uncertainty, doubtabove, orderedpool, ...
     beta:float=None, # Choose by loss, p = percentile^beta: keeps 1/(beta+1) on average (1 if not given, for sb)
     keep:float=None, # Share that uncertainty, topk, lowk, random and orderedpool keep (0.5 if not given)
+    part:float=None, # Part of the mean doubt from which doubtabove, which is the default, keeps (0.7 if not given)
     threshold:float=None, # Loss above which threshold keeps an example (1 if not given)
     min_loss_perc:float=None, # Share of the batch's loss that blf keeps (0.9 if not given)
     rescale:str=None, # Loss of what is kept: mean, sum (over the kept / candidates) or inverse (to the probability)

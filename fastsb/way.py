@@ -15,7 +15,7 @@ from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
 from .memory import check_momentum
 from .sampler import SelectiveSampler, check_remembering
-from .select import Percentile, Selector, TopK, Uncertainty
+from .select import DoubtAbove, Percentile, Selector, TopK, Uncertainty, named_selector
 
 # %% ../nbs/10c_way.ipynb #5729bfcf
 sources = 'auto','model','cached','two_stage'
@@ -26,14 +26,15 @@ class Way:
     `asked` is the selector that was asked for; `selector` is that of the fit at hand: `Percentile(0)` where everything
     is trained on."""
     def __init__(self,
-        beta:float|None=None, # Choose by loss, p = percentile**beta: 0 keeps all, 1 half. None: the half in most doubt
+        beta:float|None=None, # Choose by loss, p = percentile**beta: 0 keeps all, 1 half. None: by doubt
         history:int=1024, # How many recent losses a percentile is taken over
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
         end:int|float=.9, # When everything is trained on again: an int is epochs, a float a fraction of the fit
         exact:bool=True, # Keep exactly round(B/(beta+1)) of `B`, so that nothing waits; False: draw each, as the paper
         batching:str='accumulate', # 'accumulate' full batches, or 'prune': train on what is kept of each
         seed:int|None=None, # Seed of the draws; None: derived from torch's seed, which is read but not moved
-        selector:Selector|None=None, # Another way to choose, instead of `beta`, `exact` and `seed`: see `fastsb.select`
+        selector:Selector|str|None=None, # Another way to choose than `beta`: see `fastsb.select`; or its name: 'topk'
+        keep:float|None=None, # Share of the items to keep: those in most doubt, or what `selector` says by its name
         rescale:str='mean', # 'mean' of what is kept; 'sum' over kept/candidates; 'inverse' to the probability, unbiased
         interrupt:int|None=None, # Train every `interrupt`-th batch whole
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
@@ -46,6 +47,9 @@ class Way:
     ):
         self.window,self.history = Window(start, end),LossHistory(history).size
         if isinstance(score, str): check_choice('score', score, sources)
+        if keep is not None or isinstance(selector, str):
+            if beta is not None: raise ValueError(f"beta={beta!r} chooses by loss: leave keep and selector out.")
+            selector,seed = named_selector(selector, keep, seed),None
         self.by_default = beta is None and selector is None
         if beta is not None and isinstance(selector, Selector):
             raise ValueError(f"Pass either selector={selector!r} or beta={beta!r}, not both.")
@@ -55,7 +59,7 @@ class Way:
         choice = Choice(by_loss, exact, seed, selector, batching, rescale, interrupt, per_item, scorer)
         self.scorer,self.asked = choice.scorer,choice.selector
         doubt = self.scorer.predicts and not self.scorer.remembers
-        if self.by_default: self.asked = Uncertainty(.5) if doubt else TopK(.5)
+        if self.by_default: self.asked = self._usual(doubt, score, stale, seed)
         self.selector = self.asked
         for k,v in (('stale',stale),('max_age',max_age)): check_int(k, v, 1, why=': a number of epochs')
         check_int('bs', bs, 2, none=True)
@@ -65,6 +69,13 @@ class Way:
         self.batching,self.rescale,self.interrupt,self.per_item,self.bs = batching,rescale,interrupt,per_item,bs
         self.stale,self.momentum,self.max_age,self.pool = stale,momentum,max_age,pool
         self._check_source()
+
+    @staticmethod
+    def _usual(doubt, score, stale, seed):
+        "Who chooses by default. Of fresh scores a fixed number is kept, so that nothing waits for a GPU"
+        if not doubt: return TopK(.5, seed)
+        remembered = isinstance(score, str) and score in ('auto','cached') and stale == 1
+        return DoubtAbove(seed=seed) if remembered else Uncertainty(.5, seed=seed)
 
     def _check_source(self):
         "Do selector, scorer, memory and `stale` go together?"
@@ -127,7 +138,7 @@ class Way:
         "Why the default has nothing to go by, if it has not"
         if not self.doubts or shows_doubt(loss_func): return None
         return (f"The default goes by doubt, which only losses over classes show, and {loss_kind(loss_func)} is not "
-                "known as one: if it is, pass selector=Uncertainty(.5, like=nn.CrossEntropyLoss()). To choose by loss, "
+                "known as one: if it is, pass selector=DoubtAbove(like=nn.CrossEntropyLoss()). To choose by loss, "
                 "which seeks out wrong targets, pass beta=1.")
 
     def no_memory(self,

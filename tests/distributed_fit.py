@@ -40,9 +40,9 @@ def selecting(**kwargs):
 epochs = 8
 # how it is chosen, items, drop_last; where it selects: least and most share that is trained on, share that is scored
 fits = {
-    "default": (selecting(), 640, True, 0.4, 0.7, 0),
-    "default, uneven": (selecting(), 650, False, 0.48, 0.7, 0),
-    "default, few items": (selecting(), 97, False, 0.4, 0.7, 0),
+    "default": (selecting(), 640, True, 0.4, 0.9, 0),
+    "default, uneven": (selecting(), 650, False, 0.4, 0.9, 0),
+    "default, few items": (selecting(), 97, False, 0.4, 0.9, 0),
     "percentile": (selecting(beta=1), 650, False, 0.35, 0.8, 0),
     "topk": (selecting(selector=TopK(0.3), score="cached"), 650, False, 0.28, 0.8, 0),
     "hardly any": (selecting(selector=TopK(0.001)), 97, False, 0.0, 1.0, 0),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,82 @@ def test_the_committed_epochs():
         m = {o["method"]: o for o in r["methods"]}
         assert all(o["ratio"] == pytest.approx(o["seconds"] / m["plain"]["seconds"]) for o in m.values())
         assert m["cached"]["ratio"] <= 0.55 and m["cached, beta=2"]["ratio"] <= 0.40
+
+
+def test_files(tmp_path, capsys):
+    "Fits from files, in its own process: plain and the default, with as many items trained on"
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("val", 8)):
+        for dark, c in enumerate("abc"):
+            (tmp_path / part / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(80 * dark, 80 * dark + 90, (10, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / c / f"{i}.png")
+    out, how = tmp_path / "files.json", ["--workers", "0", "--size", "8", "--width", "4", "--bs", "16", "--epochs", "6"]
+    command.main(["files", "--data", str(tmp_path), *how, "--seeds", "2", "--out", str(out)])
+    res = json.loads(out.read_text())
+    assert [(r["method"], r["seed"]) for r in res["runs"]] == [(m, s) for s in (0, 1) for m in ("plain", "default")]
+    for r in res["runs"]:
+        batch = 112 // 16 * 16  # whole batches of 120 items
+        assert 6 * batch <= r["trained"] < 6 * batch + 16 and r["training_s"] > 0
+        assert r["epochs"] == 6 and r["kept"] > 0.9 if r["method"] == "plain" else r["epochs"] >= 6
+    assert min(r["kept"] for r in res["runs"]) < 0.9
+    for wrong, says in (
+        (["--data", str(tmp_path / "train")], "must hold the folders train and valid"),
+        ([], "data must name a folder"),
+        (["--data", str(tmp_path), "--workers", "x"], "workers must be numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(["files", *wrong, "--out", str(out)])
+        assert says in capsys.readouterr().err
+# a GPU ----------------------------------------------------------------------------------------------------------------
+def test_gpu_runs_dry_and_goes_on_where_it_stood(tmp_path):
+    out = tmp_path / "gpu.json"
+    r = run("gpu", "--dry", "--device", "cpu", "--minutes", "0", "--out", str(out))
+    assert r.returncode == 0 and "still to do" in r.stdout and json.loads(out.read_text())["parts"] == {}
+    r = run("gpu", "--dry", "--device", "cpu", "--out", str(out))
+    assert r.returncode == 0 and "still to do" not in r.stdout, r.stderr
+    res = json.loads(out.read_text())
+    assert list(res["parts"]) == ["choices", "memory", "batch of 16", "epoch"]
+    assert res["parts"]["choices"]["same"] == dict.fromkeys(res["parts"]["choices"]["same"], 3)
+    assert res["parts"]["memory"]["wrong"] == 0
+    assert set(res["parts"]["epoch"]) == {"seconds", "plain", "fresh", "default"}
+    lines = [json.loads(l) for l in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert {l["method"] for l in lines if l["kind"] == "run"} == {"plain", "default"}
+    again = run("gpu", "--dry", "--device", "cpu", "--out", str(out))
+    assert again.returncode == 0 and "batch of 16" not in again.stdout and "0 runs added" in again.stdout
+    assert json.loads(out.read_text()) == res
+
+
+def test_gpu_goes_on_with_its_own_file_only(tmp_path):
+    out = tmp_path / "gpu.json"
+    for old in ("[]", "{}", '{"parts": {}, "dry": false, "machine": {"device": "another"}, "versions": {}}'):
+        out.write_text(old)
+        r = run("gpu", "--dry", "--device", "cpu", "--out", str(out))
+        assert r.returncode == 2 and "result of something else" in r.stderr and out.read_text() == old
+    for args, says in (
+        (["--device", "cpu"], "none here"),
+        (["--dry", "--device", "cpu", "--out", str(tmp_path / "x.jsonl")], "jsonl"),
+        (["--dry", "--device", "cpu", "--minutes", "-1", "--out", str(tmp_path / "x.json")], "minutes"),
+    ):
+        r = run("gpu", *args, cwd=root)
+        assert r.returncode == 2 and says in r.stderr, r.stderr
+
+
+def test_a_part_that_fails_is_made_again(tmp_path, monkeypatch):
+    from fastsb.bench import gpu
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(gpu, "equal_time", lambda **kwargs: 0)
+    out = str(tmp_path / "gpu.json")
+    with monkeypatch.context() as m:
+        m.setattr(gpu, "same_choices", fails)
+        r = gpu.gpu(dry=True, device="cpu", out=out)
+    assert "synchronizing" in r["parts"]["choices"]["failed"] and "failed" not in r["parts"]["memory"]
+    assert len(gpu.gpu_table(r)) == 1
+    again = gpu.gpu(dry=True, device="cpu", out=out)
+    assert again["parts"]["choices"]["batches"] == 3 and again["parts"]["epoch"] == r["parts"]["epoch"]

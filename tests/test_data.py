@@ -486,6 +486,21 @@ def test_folder_loaders_drop_only_a_batch_of_one(tmp_path):
     assert sizes(4) == [4, 4] and sizes(5) == [5, 4] and sizes(16) == [9]
 
 
+def test_a_folder_as_arrays(tmp_path):
+    "Pixels and labels are those of the files, in the order of folder_dls; a grey image has three equal channels"
+    from PIL import Image
+    write_images(tmp_path/'train', dict(a=6, b=9), sz=(8, 12))
+    write_images(tmp_path/'valid', dict(b=4), sz=(8, 12))
+    Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12)).save(tmp_path/'train/a/grey.png')
+    x, y, xt, yt = load_arrays(data=tmp_path)
+    dls = folder_dls(tmp_path, size=8, num_workers=0, device='cpu')
+    assert x.shape == (16, 8, 12, 3) and y.tolist() == [0]*7 + [1]*9 and xt.shape == (4, 8, 12, 3) and set(yt) == {1}
+    for image, f in zip([*x, *xt], [*dls.train_ds.items, *dls.valid_ds.items]):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(f).convert('RGB')))
+    write_images(tmp_path/'train', dict(c=1), sz=(9, 12))
+    with pytest.raises(ValueError, match='12x9 pixels.*12x8.*one size'): load_arrays(data=tmp_path)
+
+
 def test_folder_augmentation(tmp_path):
     write_images(tmp_path, dict(a=5, b=5))
     dls = folder_dls(tmp_path, size=8, num_workers=0, augment=True, flip=False, cutout=3)

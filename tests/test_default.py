@@ -14,12 +14,13 @@ from fastai.basics import (
     set_seed,
 )
 from fastai.callback.mixup import CutMix, MixUp
+from test_sampler import above, fewest, highest
 from torch import nn
 
 from fastsb.callback import SelectiveBackpropCallback
 from fastsb.learner import paper_settings
 from fastsb.score import Doubtful
-from fastsb.select import Capped, Percentile, TopK, Uncertainty
+from fastsb.select import Capped, DoubtAbove, DoubtShare, Percentile, TopK, Uncertainty
 
 
 class Reference(Callback):
@@ -27,15 +28,15 @@ class Reference(Callback):
 
     order = 60
 
-    def __init__(self, x, measure):
+    def __init__(self, x, measure, chosen_of):
+        self.chosen_of = chosen_of
         self.ids, self.measure = {r.numpy().tobytes(): i for i, r in enumerate(x)}, measure
         self.known, self.epochs, self.want = np.full(len(x), np.nan), [], []
 
     def before_epoch(self):
         seen = np.flatnonzero(np.isfinite(self.known))
-        order = seen[np.argsort(-self.known[seen], kind="stable")]
-        k = max(1, int(len(seen) / 2 + 0.5)) if len(seen) else 0
-        self.want.append(set(order[:k]) | set(np.flatnonzero(np.isnan(self.known))))
+        chosen = seen[self.chosen_of(self.known[seen])] if len(seen) else []
+        self.want.append(set(chosen) | set(np.flatnonzero(np.isnan(self.known))))
         self.epochs.append([])
 
     def after_loss(self):
@@ -71,24 +72,25 @@ def learner(n, loss_func, out, targets, cbs):
 
 
 @pytest.mark.parametrize(
-    "loss_func,out,targets,measure,kw",
+    "loss_func,out,targets,measure,chosen_of,kw",
     [
-        (CrossEntropyLossFlat(), 10, "classes", entropy, {}),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy, {}),
-        (own_loss, 10, "classes", entropy, dict(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss()))),
-        (MSELossFlat(), 1, "numbers", squared, dict(selector=TopK(0.5))),
+        (CrossEntropyLossFlat(), 10, "classes", entropy, above(0.7), {}),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), 10, "classes", entropy, above(0.7), dict(score="cached")),
+        (own_loss, 10, "classes", entropy, fewest(0.5), dict(selector=DoubtShare(0.5, like=nn.CrossEntropyLoss()))),
+        (own_loss, 10, "classes", entropy, above(1), dict(selector=DoubtAbove(1.0, like=nn.CrossEntropyLoss()))),
+        (own_loss, 10, "classes", entropy, highest(0.5), dict(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss()))),
+        (MSELossFlat(), 1, "numbers", squared, highest(0.5), dict(selector=TopK(0.5))),
     ],
 )
-def test_the_half_in_most_doubt(loss_func, out, targets, measure, kw):
+def test_those_in_most_doubt(loss_func, out, targets, measure, chosen_of, kw):
     """By prediction entropy where there are classes, whatever the labels; by loss where that is asked for. Nothing is
     scored, nothing else is loaded"""
-    ref = Reference(digits(650)[0], measure)
-    learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(**kw), 6)
+    ref = Reference(digits(650)[0], measure, chosen_of)
+    learn = quiet_fit(learner(650, loss_func, out, targets, ref).selective_backprop(**kw), 6, 0.1)
     sb = learn.sb
     assert sb.counts["fp"] == 0 and sb.log.loads.tolist() == sb.log.bp.tolist() == [len(e) for e in ref.epochs]
-    assert [len(e) for e in (ref.epochs[0], ref.epochs[-1])] == [640] * 2 and all(
-        len(e) <= 352 for e in ref.epochs[1:-1]
-    )
+    assert [len(e) for e in (ref.epochs[0], ref.epochs[-1])] == [640] * 2
+    assert sum(len(e) < 600 for e in ref.epochs[1:-1]) >= 2
     for got, want in zip(ref.epochs[1:-1], ref.want[1:-1]):
         assert len(set(got)) == len(got) == len(want) // 32 * 32 and set(got) <= want
 
@@ -135,16 +137,16 @@ def test_doubt_is_known_again_with_another_loss():
     "One callback, three fits: the loss decides anew each time"
     learn = learner(330, CrossEntropyLossFlat(), 10, "classes", None).selective_backprop(start=0.3)
     for fit, (loss_func, selects) in enumerate(
-        ((CrossEntropyLossFlat(), True), (lambda pred, y: pred.square().mean(), False), (nn.CrossEntropyLoss(), True))
+        ((CrossEntropyLossFlat(), True), (lambda pred, y: 0 * pred.mean(), False), (nn.CrossEntropyLoss(), True))
     ):
         learn.loss_func = loss_func
-        log = quiet_fit(learn, 4).sb.log
+        log = quiet_fit(learn, 4, 0.1).sb.log
         assert (log.selected[log.fit == fit].min() < 1) == selects == learn.sb.remembers
 
 
 def test_the_first_and_the_last_tenth_are_whole():
-    log = quiet_fit(digits_learner().selective_backprop(), 10).sb.log
-    assert log.selected.tolist() == [1.0] + [0.5] * 8 + [1.0]
+    log = quiet_fit(digits_learner().selective_backprop(), 10, 0.05).sb.log
+    assert (log.selected == 1).tolist() == [True] + [False] * 8 + [True]
     assert (
         log.candidate_loss.notna().all() and log.candidate_loss.is_monotonic_decreasing
     )  # losses are remembered beside doubts
@@ -223,15 +225,15 @@ def test_what_is_mixed_is_remembered_for_the_rows_own_item(mix, least, capsys):
         dls, nn.Sequential(nn.Flatten(), digits_model(p=0)), loss_func=CrossEntropyLossFlat(), cbs=[mix, book]
     ).selective_backprop()
     with learn.no_bar():
-        learn.fit(10)
+        learn.fit(10, 0.02)
     memory = learn.sb.sampler.memory
     np.testing.assert_allclose(memory.losses(), book.loss, rtol=1e-4)
     np.testing.assert_allclose(memory.doubts(), book.doubt, rtol=1e-4)
-    selected = learn.sb.log.selected  # of CutMix some come back since nothing recent is known of them
+    selected = learn.sb.log.selected
     assert (
         learn.sb.counts["fp"] == 0
         and selected[[0, 9]].tolist() == [1.0, 1.0]
-        and selected[1:9].between(0.5, 0.5 if least == 1 else 0.7).all()
+        and selected[1:9].min() < 0.9
     )
     assert (
         np.mean(book.sure) >= least
@@ -322,7 +324,7 @@ def test_a_fit_too_short_for_selection_says_so(capsys):
     ]:
         learn = digits_learner().selective_backprop(**kw)
         with learn.no_bar():
-            learn.fit(n)
+            learn.fit(n, 0.05)
         out = capsys.readouterr().out
         assert expected in out if expected else says not in out, (kw, out)
         assert (learn.sb.log.selected < 1).any() == (

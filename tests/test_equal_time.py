@@ -303,7 +303,9 @@ def test_each_method_runs_and_they_are_pairs(capsys):
     d = tasks.Task(config, 0, "cpu")
     scorers = [s for m in contestants.methods if (s := contestants.method_settings(m, d)[1]) is not None]
     costs = dict(
-        COSTS, score={prices.price_name(s): dict(item=0.004, learn=0.01 if s.learns else 0.0) for s in scorers}
+        COSTS,
+        score={prices.price_name(s): dict(item=0.004, learn=0.01 if s.learns else 0.0) for s in scorers},
+        small={f"{size:g}": size**2 for m in contestants.methods for size in contestants.sizes_of(m)},
     )
     lines = {}
     for m in contestants.methods:

@@ -108,6 +108,8 @@ def test_progress_table_and_log(capsys):
         "loads",
         "score_age",
         "loading_s",
+        "held",
+        "oldest",
     ]
     assert (
         (learn.sb.log.training_s > 0).all()
@@ -121,7 +123,60 @@ def test_progress_bar_and_csv(tmp_path):
     with learn.no_logging():
         learn.fit(2, 1e-2, cbs=CSVLogger(fname="h.csv"))
     df = pd.read_csv(tmp_path / "h.csv")
-    np.testing.assert_allclose(df.selected, learn.sb.log.selected)
+    log = learn.sb.log
+    np.testing.assert_allclose(df.selected, log.selected)
+    np.testing.assert_allclose(df.loss_held, log.held)
+    np.testing.assert_allclose(df.seconds, log.loading_s + log.scoring_s + log.training_s)
+
+
+def test_tensorboard_gets_what_selection_did(tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn = digits_learner(path=tmp_path).selective_backprop()
+    quiet_fit(learn, 4, cbs=TensorBoardCallback(tmp_path / "tb", trace_model=True, log_preds=False))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    log, scalar = learn.sb.log, lambda name: [e.value for e in events.Scalars(name)]
+    np.testing.assert_allclose(scalar("selected"), log.selected)
+    np.testing.assert_allclose(scalar("doubt_held"), log.held, rtol=1e-6)
+    np.testing.assert_allclose(scalar("seconds"), log.loading_s + log.scoring_s + log.training_s, rtol=1e-6)
+    steps = [e.step for e in events.Scalars("selected")]
+    assert steps == np.cumsum(log.bp // 32).tolist() and learn.sb.counts["candidates"] == 4 * 640
+    assert learn.metrics.attrgot("name") == ["accuracy"]
+
+
+def test_wandb_gets_what_selection_did(monkeypatch):
+    import sys
+    import types
+
+    said, run = [], types.SimpleNamespace(step=0, summary={})
+    config = types.SimpleNamespace(update=lambda *a, **k: None)
+    fake = types.ModuleType("wandb")
+    fake.__dict__.update(run=run, config=config, log=lambda d, step=None: said.append(d), watch=lambda *a, **k: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    from fastai.callback.wandb import WandbCallback
+
+    # with fastcore 2 fastai's own looks for settings in numbers, and fails on any learner
+    monkeypatch.setattr(Learner, "gather_args", lambda self: {})
+    learn = digits_learner().selective_backprop()
+    quiet_fit(learn, 4, cbs=WandbCallback(log_preds=False))
+    epochs, log = [d for d in said if "selected" in d], learn.sb.log
+    assert [d["selected"] for d in epochs] == log.selected.tolist()
+    assert [d["doubt_held"] for d in epochs] == log.held.tolist() and min(d["seconds"] for d in epochs) > 0
+
+
+def test_nobody_keeps_the_table():
+    learn = quiet_fit(digits_learner().selective_backprop(), 2)
+    assert list(learn.recorder.metric_names)[2:-1] == ["valid_loss", "accuracy", "selected"]
+
+
+def test_dir_is_short():
+    learn = digits_learner().selective_backprop()
+    names = dir(learn.sb)
+    assert {"log", "counts", "plot_selected", "plot_losses", "plot_time", "save", "load"} <= set(names)
+    assert all(hasattr(learn.sb, n) for n in names) and len(names) < 40
+    assert not {"before_fit", "after_loss", "model", "dls", "__init__"} & set(names)
 
 
 def test_train_metrics():

@@ -390,11 +390,11 @@ def test_pinning_turns_tuples_to_lists():
     dl = DataLoader(Rows(4), bs=2)
     with ItemTracker(dl) as t:
         dl.pin_memory = True
-        assert dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2), torch.ones(2)]})[0].shape == (
+        assert dl.after_batch({"_items": np.array([1, 2]), "_batch": [torch.ones(2), torch.ones(2)]})[0].shape == (
             2,
         )
         assert type(
-            dl.after_batch({"_items": torch.tensor([1, 2]), "_batch": [torch.ones(2)]})
+            dl.after_batch({"_items": np.array([1, 2]), "_batch": [torch.ones(2)]})
         ) is tuple and t.items.tolist() == [1, 2]
 
 

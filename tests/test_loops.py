@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastsb.sampler import SelectiveSampler, WithItems
+from fastsb.select import Uncertainty
 
 n, bs, epochs = 80, 8, 6
 
@@ -29,7 +30,8 @@ class Watched:
     "Writes down each batch: the sampler's epoch, its items, the doubt of the predictions; counts forward passes"
 
     def __init__(self, model, **kwargs):
-        self.sampler = SelectiveSampler(n, loss_func=nn.CrossEntropyLoss(), epochs=epochs, bs=bs, seed=0, **kwargs)
+        half = Uncertainty(0.5)  # a number that is known beforehand
+        self.sampler = SelectiveSampler(n, half, nn.CrossEntropyLoss(), epochs=epochs, bs=bs, seed=0, **kwargs)
         self.seen, self.forwards = [[] for _ in range(epochs)], 0
         model.register_forward_hook(self.count)
 

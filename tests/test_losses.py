@@ -23,6 +23,7 @@ from torch import nn
 from fastsb.losses import (
     doubt_problem,
     has_target,
+    loss_and_doubt,
     loss_kind,
     loss_setting,
     per_item_loss,
@@ -644,3 +645,63 @@ def test_its_state_comes_back_by_an_exception_too():
     with pytest.raises(RuntimeError, match="on purpose"):
         per_item_loss(loss, torch.randn(8, 3), torch.randint(0, 3, (8,)))
     assert same_state(state_of(loss), before) and loss.reduction == "mean"
+
+
+# loss and doubt at once -----------------------------------------------------------------------------------------------
+def plain_kinds():
+    from fastai.losses import CrossEntropyLossFlat
+
+    one, other = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=3, reduction="sum")
+    return one, other, CrossEntropyLossFlat(), CrossEntropyLossFlat(ignore_index=3, reduction="sum")
+
+
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("scale", [1, 30, 1e4])
+def test_loss_and_doubt_are_those_that_each_gives(kind, scale):
+    "Bit for bit, also where a target is ignored, a prediction is certain, or not a number"
+    f = plain_kinds()[kind]
+    pred, y = scale * torch.randn(200, 7), torch.randint(7, (200,))
+    y[5], pred[9, 2], pred[11, 0], pred[13] = -100 if kind % 2 == 0 else 3, torch.nan, torch.inf, -torch.inf
+    losses, doubts = loss_and_doubt(f, pred, y)
+    assert torch.equal(losses.nan_to_num(-1), per_item_loss(f, pred, y).nan_to_num(-1))
+    assert torch.equal(doubts.nan_to_num(-1), prediction_entropy(f, pred, y).nan_to_num(-1))
+    assert doubts[5] == losses[5] == 0
+
+
+def test_loss_and_doubt_of_anything_else():
+    "Where one softmax would not do, the two are asked one by one"
+    from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy
+
+    class Mine(nn.CrossEntropyLoss):
+        def forward(self, pred, y):
+            return 2 * super().forward(pred, y)
+
+    hooked = nn.CrossEntropyLoss()
+    hooked.register_forward_hook(lambda m, i, o: 2 * o)
+    pred, y = torch.randn(9, 4), torch.randint(4, (9,))
+    for f in (
+        Mine(),
+        hooked,
+        partial(nn.functional.cross_entropy, label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.rand(4)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        CrossEntropyLossFlat(weight=torch.rand(4)),
+        CrossEntropyLossFlat(axis=0),
+        CrossEntropyLossFlat(axis=1),  # which such targets do not have
+        FocalLossFlat(),
+        LabelSmoothingCrossEntropy(),
+        nn.MSELoss(),
+        nn.BCEWithLogitsLoss(),
+    ):
+        assert loss_and_doubt(f, pred, y) is None, f
+    ce = nn.CrossEntropyLoss()
+    for args in (
+        (pred.double(), y),
+        (pred[:, :1], y * 0),
+        (torch.randn(9, 4, 5), torch.randint(4, (9, 5))),
+        (pred, torch.rand(9, 4)),
+        (pred, y[:5]),
+        (pred, y, y),
+        ((pred,), y),
+    ):
+        assert loss_and_doubt(ce, *args) is None

@@ -152,6 +152,7 @@ def test_no_item_is_written_twice():
     losses[torch.rand(5000) < 0.1] = torch.nan
     with Writes() as w:
         memory.update(items, losses, epoch=0)
+        memory.flush()
     assert sorted(i for i in w.at if i < 3) == [0, 1, 2]
     for i in range(3):
         assert memory.losses([i]) == losses[(items == i) & losses.isfinite()][-1]

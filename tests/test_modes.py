@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from fastsb.all import *
-from fastsb.select import InfoBatch, OrderedPool, Random, TopK
+from fastsb.select import InfoBatch, LowK, OrderedPool, Percentile, Random, TopK, Uncertainty
 
 
 class Counted(torch.utils.data.Dataset):
@@ -353,3 +353,36 @@ def test_several_processes_are_refused_where_they_would_go_apart(monkeypatch):
         with pytest.raises(ValueError, match="exact=True"):
             quiet_fit(learn, 1)
         assert len(learn.metrics) == 1 and "do_item" not in vars(learn.dls.train)
+
+
+@pytest.mark.parametrize(
+    "kw, who",
+    [
+        (dict(keep=0.4), Uncertainty(0.4)),
+        (dict(selector="topk"), TopK()),
+        (dict(selector="topk", keep=0.3), TopK(0.3)),
+        (dict(selector="infobatch"), InfoBatch()),
+        (dict(selector="percentile", seed=3), Percentile()),
+        (dict(paper=True, selector="lowk"), LowK()),
+    ],
+)
+def test_a_selector_by_name(kw, who):
+    learn = quiet_fit(digits_learner(320).selective_backprop(start=1, end=1.0, **kw), 2)
+    assert str(learn.sb.selector) == str(who) and learn.sb.log.selected[1] < 1
+
+
+@pytest.mark.parametrize(
+    "kw, says",
+    [
+        (dict(selector="tpok"), "selector='tpok' must be one of 'percentile'.*'topk'"),
+        (dict(selector="infobatch", keep=0.3), "keep=0.3 is not for selector='infobatch', only for .*topk"),
+        (dict(selector=TopK(0.3), keep=0.3), r"keep=0.3: TopK\(keep=0.3\) says itself"),
+        (dict(selector="topk", beta=2.0), "beta=2.0 chooses by loss: leave keep and selector out"),
+        (dict(keep=0.3, beta=2.0), "beta=2.0 chooses by loss"),
+        (dict(keep=0), "keep=0 must be"),
+        (dict(keep=1.5), "keep=1.5 must be"),
+    ],
+)
+def test_names_that_are_none(kw, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        digits_learner(320).selective_backprop(**kw)

@@ -7,9 +7,21 @@ import pandas as pd
 import pytest
 import torch
 from common import digits_learner, quiet_fit
+from fastai.callback.core import Callback
 from matplotlib.colors import to_hex, to_rgb
 
-from fastsb.plot import compare, method_styles, pareto, plot_probability, plot_seconds, plot_shares
+from fastsb.callback import SelectiveBackpropCallback
+from fastsb.plot import (
+    ShowSelected,
+    compare,
+    method_styles,
+    pareto,
+    plot_bands,
+    plot_probability,
+    plot_seconds,
+    plot_shares,
+)
+from fastsb.record import band_levels
 from fastsb.select import Absolute, InfoBatch, LowK, OrderedPool, Percentile, Random, Threshold, TopK, Uncertainty
 
 
@@ -32,7 +44,8 @@ def fits():
 def log_of(n=4, bp=60, seed=0, **kwargs):
     "A log as `fastsb_train` writes it"
     acc, bp = 50 + 10*np.sqrt(np.arange(1, n+1)) + seed, np.array(bp)
-    cols = dict(epoch=np.arange(1, n+1), candidates=100, fp=0, bp=bp, selected=bp/100, loads=bp, score_age=1.5,
+    cols = dict(epoch=np.arange(1, n+1), candidates=100, fp=0, bp=bp, selected=bp/100, loads=bp,
+                score_age=1.5, oldest=3, held=.7,
                 loading_s=1., scoring_s=0., training_s=2., seconds=4.*np.arange(1, n+1), test_acc=acc, test_loss=1/acc)
     return pd.DataFrame({**cols, **kwargs})
 
@@ -53,7 +66,8 @@ def test_shares_add_up():
 def test_shares_show_dots_only_where_batches_were_scored():
     log = log_of(fp=[0, 100, 0, 100], loads=100)
     ax = plot_shares(log, [0, .5, 1, 1.5, 2, 3.5, 4.], [1, 1, .4, .6, .9, .3, .2], keep=.5)
-    dots, line = ax.lines
+    dots, line, held = ax.lines
+    assert held.get_ydata().tolist() == [.7]*4 and 'share of the loss that it holds' in legend(ax)
     assert dots.get_xdata().tolist() == [1, 1.5, 3.5, 4.] and dots.get_ydata().tolist() == [.4, .6, .3, .2]
     assert line.get_ydata() == [.5, .5] and 'expected: 0.50' in legend(ax)
 
@@ -74,6 +88,83 @@ def test_the_methods_of_the_callback(fits):
     assert legend(fits['plain'].sb.plot_selected()) == ['trained on']
     with pytest.raises(ValueError, match='fit first'): digits_learner().selective_backprop().sb.plot_selected()
     with pytest.raises(ValueError, match='fit first'): digits_learner().selective_backprop().sb.plot_time()
+
+
+def test_the_legend_says_how_old_the_scores_were(fits):
+    log = fits['default'].sb.log
+    words = ' '.join(legend(fits['default'].sb.plot_selected()))
+    assert f'{log.oldest.max()} at most' in words and log.oldest.max() >= log.score_age.max() > 0
+    assert 'share of the doubt that it holds' in words
+    assert 'share of the loss' in ' '.join(legend(fits['paper'].sb.plot_selected()))
+    for learn in fits.values():
+        log = learn.sb.log
+        assert not (log.held[log.selected == 1] < 1).any()
+
+
+# ---- what it was chosen from
+def test_bands_of_what_is_remembered_at_the_start_of_each_epoch():
+    """Against the memory itself, which is looked at before each epoch"""
+    seen = {}
+
+    class Look(Callback):
+        order = SelectiveBackpropCallback.order + 1
+
+        def before_train(self):
+            sampler = self.learn.sb.sampler
+            if sampler.chosen is not None: seen[self.epoch] = sampler.memory.doubts().numpy(), sampler.chosen.numpy()
+
+    learn = quiet_fit(digits_learner(cbs=Look()).selective_backprop(), 6)
+    bands = learn.sb.record.bands['doubt']
+    found = {x: y for x, y in zip(bands.x, bands.y) if x in seen}
+    assert len(found) == len(seen) == 4
+    for epoch, (doubts, chosen) in seen.items():
+        want = [np.nanquantile(d, band_levels, method='nearest') for d in (doubts, doubts[chosen])]
+        np.testing.assert_allclose(found[epoch], np.concatenate(want), rtol=1e-6)
+        held = np.nansum(doubts[chosen])/np.nansum(doubts)
+        assert learn.sb.log.held[epoch] == pytest.approx(held, rel=1e-5)
+    ax = learn.sb.plot_losses()
+    assert ax.get_ylabel() == 'doubt (nats)' and learn.sb.plot_losses('loss').get_ylabel() == 'loss'
+    every, kept = ax.lines
+    assert np.isnan(kept.get_ydata()).sum() == 2 and len(every.get_xdata()) == 6 and ax.get_xlim() == (0, 6)
+
+
+def test_bands_of_scored_batches():
+    "Chosen are the highest half: half of them lie above three quarters of all"
+    learn = quiet_fit(digits_learner().selective_backprop(selector=TopK(.5), score='model', start=1, end=1.), 3)
+    bands = np.array(learn.sb.record.bands['loss'].y)
+    assert learn.sb.record.bands['loss'].x == pytest.approx([.475, 1.475, 2.475])
+    assert np.isnan(bands[0, 5:]).all() and (bands[1:, 5] > bands[1:, 1]).all()
+    np.testing.assert_allclose(bands[1:, 7], bands[1:, 3], rtol=.1)
+    assert (learn.sb.log.held[1:] > .5).all() and learn.sb.log.held[0] == 1
+    with pytest.raises(ValueError, match=r"only by doubt where it is remembered. There is plot_losses\('loss'\)"):
+        learn.sb.plot_losses('doubt')
+
+
+def test_bands_faults(fits):
+    with pytest.raises(ValueError, match='No loss of candidates was looked at'): fits['plain'].sb.plot_losses()
+    with pytest.raises(ValueError, match="by='age'"): fits['default'].sb.plot_losses('age')
+    with pytest.raises(ValueError, match='fit first'): digits_learner().selective_backprop().sb.plot_losses()
+
+
+# ---- while it trains
+def test_show_selected_draws_in_one_place(monkeypatch, capsys):
+    shown, updates = [], []
+
+    class Handle:
+        def update(self, figure): updates.append(figure)
+
+    monkeypatch.setattr('IPython.display.display', lambda fig, display_id: shown.append(fig) or Handle())
+    learn = digits_learner().selective_backprop()
+    with learn.no_logging(): learn.fit(3, 1e-2, cbs=ShowSelected())
+    assert not shown, 'in a script it does nothing'
+    monkeypatch.setattr('fastsb.plot.in_notebook', lambda: True)
+    quiet_fit(learn, 2, cbs=ShowSelected())
+    quiet_fit(digits_learner(), 2, cbs=ShowSelected())
+    assert not shown, 'without a progress bar, or without selection, it does nothing'
+    with learn.no_logging(): learn.fit(3, 1e-2, cbs=ShowSelected())
+    assert len(shown) == 1 and len(updates) == 2 and not plt.get_fignums()
+    ax = updates[-1].axes[0]
+    assert len(ax.containers[0]) == 3 and ax.get_xlim() == shown[0].axes[0].get_xlim() == (0, 3)
 
 
 # ---- where the seconds went
@@ -197,9 +288,11 @@ def test_a_method_keeps_its_colour_and_marker():
     assert method_styles(['sb', 'nofilter']) == dict(sb=method_styles(['paper'])['paper'], nofilter=a['plain'])
 
 
+BANDS = [[1, 2, 3, 4, 5] + 5*[np.nan], [1, 2, 3, 4, 5, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 2, 3, 3, 4]]
 RUNS = {'plain': [log_of(), log_of(seed=1)], 'a method with a longer name': log_of(bp=30)}
 PICTURES = dict(
     shares=lambda **kw: plot_shares(log_of(fp=60), [.5, 1.5], [.4, .6], .5, **kw),
+    bands=lambda **kw: plot_bands([.5, 1, 2], BANDS, 'doubt', **kw),
     seconds=lambda **kw: plot_seconds(log_of(scoring_s=1.), plain=log_of(), **kw),
     probability=lambda **kw: plot_probability([Percentile(1.), Percentile(3.), TopK(.5)], **kw),
     compare=lambda **kw: compare(RUNS, against='seconds', **kw),

@@ -146,11 +146,13 @@ def test_what_is_imported_is_required():
     s = settings()
     names = lambda key: {re.split("[<>=]", r)[0] for r in s[key].split()}
     with_fastai = {"fastcore", "pandas", "scikit-learn"}
+    in_notebooks = {"IPython"}  # imported only where one is running
     package = {"sklearn": "scikit-learn", "PIL": "pillow"}
     bench = {"bench", "agreement", "peers", "equal_time"}
     for path in (root / "fastsb").rglob("*.py"):
         of_bench = path.stem in bench or "bench" in path.relative_to(root).parts
-        allowed = names("requirements") | with_fastai | (names("bench_requirements") if of_bench else set())
+        for_bench = names("bench_requirements") if of_bench else set()
+        allowed = names("requirements") | with_fastai | in_notebooks | for_bench
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found = [a.name for a in node.names]

@@ -11,6 +11,7 @@ from fastsb.history import LossHistory
 from fastsb.losses import per_item_loss, prediction_entropy, weighted_loss
 from fastsb.select import (
     Capped,
+    DoubtAbove,
     DoubtShare,
     InfoBatch,
     LossShare,
@@ -138,6 +139,18 @@ def test_doubt_share(d, share, floor, ceiling, seed):
         assert held[kept].sum() >= share * held.sum() * (1 - 1e-12)
     if share < 1 and len(kept) > least:  # the fewest: one less would not hold it
         assert held[order[: len(kept) - 1]].sum() < share * held.sum() * (1 + 1e-12)
+
+
+@property_test
+@given(doubts, st.just(0.0) | st.floats(0.01, 3), st.floats(0, 1), seeds)
+def test_doubt_above(d, part, floor, seed):
+    kept = DoubtAbove(part, floor, seed=seed).select(torch.from_numpy(d)).idx.tolist()
+    order, held = np.argsort(-d, kind="stable"), d.astype(np.float64)
+    least = max(1, math.ceil(floor * len(d) - 1e-9))
+    enough = min(part * held.mean(), held[order[least - 1]])
+    surely, perhaps = held >= enough * (1 + 1e-5), held >= enough * (1 - 1e-5)  # the mean is taken in float32
+    assert {*np.flatnonzero(surely)} <= {*kept} <= {*np.flatnonzero(perhaps)}
+    assert len(kept) >= least and len({d[i] for i in kept} & {x for i, x in enumerate(d) if i not in kept}) == 0
 
 
 @property_test

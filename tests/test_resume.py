@@ -76,7 +76,7 @@ def test_nothing_is_loaded_that_does_not_fit(tmp_path):
     memory = state["sampler"]["memory"]
     other = {
         "of 320 items, this one of 640": (digits_learner(n=640, path=tmp_path).selective_backprop(), state),
-        "is of SelectiveBackpropCallback\\(Uncertainty": (digits_learner(n=320).selective_backprop(beta=1), state),
+        "is of SelectiveBackpropCallback\\(DoubtAbove": (digits_learner(n=320).selective_backprop(beta=1), state),
         "lacks \\['rng'\\]": (
             digits_learner(n=320).selective_backprop(),
             {k: v for k, v in state.items() if k != "rng"},
@@ -99,7 +99,7 @@ def test_nothing_is_loaded_that_does_not_fit(tmp_path):
         want = weights(
             quiet_fit(
                 digits_learner(n=len(learn.dls.train_ds.x)).selective_backprop(
-                    **({"beta": 1} if "Uncertainty" in words else {})
+                    **({"beta": 1} if "DoubtAbove" in words else {})
                 ),
                 3,
             )
@@ -136,11 +136,11 @@ def test_a_memory_goes_on_from_fit_to_fit_on_the_same_items_only():
 def test_fine_tune_is_quiet_and_ends_whole(capsys):
     learn = digits_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]).selective_backprop()
     with learn.no_bar():
-        learn.fine_tune(4)
+        learn.fine_tune(4, 0.1)
     log = learn.sb.log
     assert (
         log.fit.tolist() == [0, 1, 1, 1, 1]
-        and log.selected.tolist() == [1, 1, 0.5, 0.5, 1]
+        and (log.selected == 1).tolist() == [True, True, False, False, True]
         and "fastsb" not in capsys.readouterr().out
     )
     assert EPOCHS == 6

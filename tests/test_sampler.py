@@ -17,6 +17,8 @@ from fastsb.sampler import SelectiveSampler, WithItems, choose
 from fastsb.select import (
     Absolute,
     Capped,
+    DoubtAbove,
+    DoubtShare,
     GradNorm,
     Hybrid,
     InfoBatch,
@@ -213,6 +215,29 @@ def highest(keep, sign=1):
     return lambda v: np.argsort(-sign * v, kind="stable")[: max(1, math.floor(keep * len(v) + 0.5))]
 
 
+def fewest(share, floor=0.1):
+    "The fewest of the highest that together hold a share of all"
+
+    def chosen_of(v):
+        order = np.argsort(-v, kind="stable")
+        held = np.cumsum(v[order].astype(np.float64))
+        k = np.searchsorted(held, share * held[-1] * (1 - 1e-7)) + 1
+        return order[: max(1, math.ceil(floor * len(v) - 1e-9), k)]
+
+    return chosen_of
+
+
+def above(part, floor=0.1):
+    "Those of at least a part of the mean, and the highest if these are too few"
+
+    def chosen_of(v):
+        v = v.astype(np.float32)
+        least = max(1, math.ceil(floor * len(v) - 1e-9))
+        return np.flatnonzero(v >= min(np.float32(part) * v.mean(dtype=np.float32), np.sort(v)[-least]))
+
+    return chosen_of
+
+
 def entropy(logits):
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -225,7 +250,9 @@ ways_to_choose = {
     "lowk": (lambda: LowK(0.4), highest(0.4, -1), "loss"),
     "threshold": (lambda: Threshold(1.0), lambda v: np.flatnonzero(v > 1), "loss"),
     "doubt": (lambda: Uncertainty(0.5), highest(0.5), "doubt"),
-    "default": (lambda: None, highest(0.5), "doubt"),
+    "share of doubt": (lambda: DoubtShare(0.6, floor=0.5), fewest(0.6, 0.5), "doubt"),
+    "few by doubt": (lambda: DoubtAbove(3.0, floor=0.2), above(3.0, 0.2), "doubt"),
+    "default": (lambda: None, above(0.7), "doubt"),
 }
 windows = [(1, None), (0, 5), (2, 6), (0.1, 0.9), (0.3, 1.0), (1, 0.5)]
 
@@ -293,6 +320,8 @@ every_selector = {
     "pool": lambda n: OrderedPool(0.6, 0.3, seed=1),
     "rho": lambda n: ReducibleLoss(torch.rand(n), 0.3),
     "like": lambda n: Uncertainty(0.4, like=nn.CrossEntropyLoss()),
+    "doubt": lambda n: DoubtShare(0.5, like=nn.CrossEntropyLoss()),
+    "mean doubt": lambda n: DoubtAbove(0.7, like=nn.CrossEntropyLoss()),
 }
 
 

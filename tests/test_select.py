@@ -25,6 +25,7 @@ from fastsb.score import Scorer
 from fastsb.select import (
     Absolute,
     Capped,
+    DoubtAbove,
     DoubtShare,
     GradNorm,
     Hybrid,
@@ -241,6 +242,43 @@ def test_doubt_share_adapts():
     assert (
         DoubtShare(1.0).keep == 1 and DoubtShare(0.9).keep is None and not DoubtShare().exact and DoubtShare().global_
     )
+
+
+@on
+@names
+def test_doubt_above(name, device):
+    "On doubts that are remembered: those of at least a part of the mean; the highest, should these be too few"
+    l = np.abs(inputs[name].astype(np.float32))
+    doubt = np.where(bad(l), np.float32(0), l)
+    for part, floor in ((0.7, 0.1), (1.0, 0.0), (3.0, 0.4), (0.01, 0.1)):
+        least = max(1, math.ceil(floor * len(l) - 1e-9))
+        enough = min(part * doubt.astype(np.float64).mean(), np.sort(doubt)[-least])
+        s = DoubtAbove(part, floor).select(torch.tensor(l, device=device))
+        got = set(s.idx.tolist())
+        sure = {i for i, d in enumerate(doubt) if d > enough * (1 + 1e-5) or bad(l)[i]}
+        assert sure <= got and all(doubt[i] >= enough * (1 - 1e-5) or bad(l)[i] for i in got)
+        assert len(got) >= least and s.w is None
+
+
+def test_doubt_above_of_fresh_predictions():
+    pred, y = example(B=200)
+    p = pred.double().softmax(1).numpy()
+    doubt = -(p * np.log(p)).sum(1)
+    s = DoubtAbove(0.7).select(torch.rand(200), loss_func=nn.CrossEntropyLoss(), pred=pred, yb=(y,))
+    assert s.idx.tolist() == np.flatnonzero(doubt >= 0.7 * doubt.mean()).tolist() and 50 < len(s.idx) < 190
+
+
+def test_doubt_above_adapts():
+    "Where all are in equal doubt all are kept; where few are, few; where none is, all, as there is nothing to tell"
+    assert len(DoubtAbove().select(torch.full((1000,), 0.1)).idx) == 1000
+    few = torch.tensor([1e-6] * 880 + [1.0] * 120)
+    assert len(DoubtAbove().select(few).idx) == 120 and len(DoubtAbove(floor=0.25).select(few).idx) >= 250
+    assert len(DoubtAbove().select(torch.zeros(1000)).idx) == 1000
+    assert repr(DoubtAbove()) == "DoubtAbove(part=0.7)" and repr(DoubtAbove(1, 0.2)) == "DoubtAbove(part=1, floor=0.2)"
+    assert DoubtAbove(0).keep == 1 and DoubtAbove().keep is None and DoubtAbove().global_
+    for kw, says in ((dict(part=-1), "part=-1"), (dict(floor=2), "floor=2"), (dict(like=nn.MSELoss()), "like=")):
+        with pytest.raises(ValueError, match=says):
+            DoubtAbove(**kw)
 
 
 @on
@@ -604,7 +642,7 @@ def test_a_history_moves_between_the_two(no_host, monkeypatch):
     b.load_state_dict(state)
     for h in (a, b):
         h.update(ls[:7])
-    assert torch.equal(a.values(), b.values()) and isinstance(b.seen, torch.Tensor)
+    assert torch.equal(a.values(), b.values()) and b.seen is None
     monkeypatch.undo()
     for h in (a, b):
         h.update(ls[20:26])

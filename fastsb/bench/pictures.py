@@ -18,7 +18,8 @@ from .tables import equal, paired, time_to_plain
 _black,_orange,_sky,_green,_yellow,_blue,_red,_pink,_grey,_brown = (
     '#000000','#E69F00','#56B4E9','#009E73','#C8B900','#0072B2','#D55E00','#CC79A7','#8A8A8A','#8C5A2B')
 looks = dict( # (colour, marker) of a method
-    plain=(_black,'o'), default=(_blue,'s'), random=(_grey,'v'), random_scores=(_brown,'<'), sb=(_red,'X'),
+    plain=(_black,'o'), default=(_blue,'s'), doubt_half=(_sky,'P'), random=(_grey,'v'),
+    random_scores=(_brown,'<'), sb=(_red,'X'),
     cached=(_sky,'D'), cached_half=(_green,'^'), topk_half=(_pink,'P'), infobatch=(_orange,'h'), capped=(_yellow,'>'),
     rho=(_brown,'d'), rho_free=(_orange,'p'), two_stage=(_pink,'d'), stale=(_red,'v'), sb_beta3_stale=(_red,'*'))
 

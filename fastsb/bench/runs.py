@@ -22,7 +22,8 @@ except ImportError: fcntl = None # Windows has no such locks
 from .budget import Budget, Curve, fit_cycle, fit_steps
 from .command import (
     check_device, check_out, command, environment, one_of, threads as torch_threads, whole_number)
-from .contestants import HeldOut, check_method, method_settings, mixers, methods as contestants, settings_of, usual
+from .contestants import (
+    HeldOut, check_method, method_settings, methods as contestants, mixers, settings_of, sizes_of, usual)
 from .prices import epoch_seconds, measure_costs, no_counts, price_name
 from .task import Task, configuration, protocols
 
@@ -132,6 +133,7 @@ def get_costs(
     device=None, # Where to train
     data:str|None=None, # The file of arrays, if there is one
     reps:int=9, # Rounds of measuring
+    sizes:tuple=(), # Sizes of smaller images whose price must be known
 ) -> dict: # As `measure_costs` returns it
     "The prices for a configuration on this machine: those in the file, or else measured and added to it"
     device = check_device(device)
@@ -141,14 +143,17 @@ def get_costs(
     known = (l['costs'] for l in reversed(read_lines(fname)) if l['kind'] == 'costs' and l['where'] == where)
     old = next(known, None)
     missing = tuple({price_name(s): s for s in scorers if old is None or price_name(s) not in old['score']}.values())
-    if old is not None and not missing: return old
-    print(f"Measuring the prices of {', '.join(map(price_name, missing)) or 'training'} ...", flush=True)
-    costs = measure_costs(d.dls(), d.model(), config['precision'], missing, reps)
+    small = tuple(dict.fromkeys(o for o in sizes if old is None or f'{o:g}' not in old.get('small', {})))
+    if old is not None and not missing and not small: return old
+    asked = ', '.join([*map(price_name, missing), *(f'images of size {o:g}' for o in small)])
+    print(f"Measuring the prices of {asked or 'training'} ...", flush=True)
+    costs = measure_costs(d.dls(), d.model(), config['precision'], missing, reps, small)
     if old is not None: # on the old scale, should the machine be busier or idler by now
         step = str(config['bs'])
         times = old['train'][step]/costs['train'][step]
         score = {k: {n: round(s*times, 10) for n,s in v.items()} for k,v in costs['score'].items()}
-        costs = dict(old, score={**old['score'], **score})
+        parts = {**old.get('small', {}), **costs.get('small', {})}
+        costs = dict(old, score={**old['score'], **score}, **(dict(small=parts) if parts else {}))
     append_line(fname, dict(kind='costs', where=where, costs=costs, **env))
     return costs
 
@@ -232,7 +237,7 @@ def equal_time(
         for m in names: check_method(m, d) # complain now
         settings = {m: settings_of(m, d) for m in names}
         scorers = [s for m in names if (s := method_settings(m, d)[1]) is not None]
-        costs = get_costs(path, config, scorers, dev, data)
+        costs = get_costs(path, config, scorers, dev, data, sizes=[o for m in names for o in sizes_of(m)])
         done = {line_key(l) for l in read_lines(path) if l['kind'] == 'run'}
         grid = [(m, seed, b) for b in lengths for seed in range(seeds) for m in names]
         todo = [(m, seed, b) for m,seed,b in grid if run_key(config, m, settings[m], seed, b) not in done]
