@@ -15,3 +15,4 @@ from fastsb.record import *
 from fastsb.sampler import *
 from fastsb.score import *
 from fastsb.select import *
+from fastsb.smaller import *

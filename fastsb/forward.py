@@ -20,7 +20,9 @@ class PreparedForward:
     ):
         self.learn,self.after,self.scored = learn,after,False
         self.known = not any(self._may_prepare(cb) for cb in learn.cbs) # is it known who prepares batches?
-        self.steps = [(cb, 'after_pred') for cb in learn.cbs if isinstance(cb, RNNCallback)] # (callback, event) pairs
+        self.steps = [ # (callback, event) pairs
+            *((cb, 'after_pred') for cb in learn.cbs if isinstance(cb, RNNCallback)),
+            *((cb, 'before_batch') for cb in learn.cbs if getattr(type(cb), 'prepares', False))]
         self.sizes = 1,2 # how many entries of a batch are inputs; inputs and targets
 
     def __call__(self,

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .check import check_choice, check_positive
+from .fit_for import TimeBudget
 from .guest import Guest
 from .score import scoring
 
@@ -38,7 +39,8 @@ class SmallerFirst(Guest):
     """Trains on smaller images in the first part of a fit, on whole ones after (progressive resizing; Touvron et al.
     2019, arXiv 1906.06423). Validation sees whole images. Raises `ValueError` at the first batch where inputs are no
     images, or targets lie in the image"""
-    order,run_valid,name = -4,False,'small_images' # after who selects: candidates are scored whole
+    order,run_valid,name = -4,False,'small_images'
+    prepares = True # passes that score candidates go through it too: they see what training sees
     now = 1. # the part of each side that is trained on at the moment
 
     def __init__(self,
@@ -63,11 +65,14 @@ class SmallerFirst(Guest):
         return next((size for size,end in zip(self.sizes, self.until) if progress < end), 1.)
 
     def before_fit(self):
-        self.run,self._tried,self.now = self.fitting,False,1.
+        self.run,self.now,self._tried = self.fitting,1.,{}
+        if self.run and any(isinstance(cb, TimeBudget) and cb.epochs is not None for cb in self.learn.cbs):
+            raise ValueError("fit_for(epochs) takes the price of a plain epoch from the fit's first one, and with "
+                             "SmallerFirst that would be of small images: pass seconds= instead.")
 
     def before_batch(self):
-        if not self._tried: self._try()
-        if not self.run: return
+        if 'works' not in self._tried: self._tried['works'] = self._try()
+        if not self._tried['works']: return
         self.now = self.at(self.pct_train)
         if self.now == 1: return
         rng = np.random.default_rng((self.seed, self.epoch, self.iter)) # a fit that is resumed crops at the same places
@@ -77,7 +82,6 @@ class SmallerFirst(Guest):
 
     def _try(self):
         "Are these images, and does the model take smaller ones? Before anything is trained on"
-        self._tried = True
         for x in self.xb:
             if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point(): continue
             what = f"a tensor of {x.dtype} and shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -94,10 +98,10 @@ class SmallerFirst(Guest):
                 try: why = None if _shape(self.model(*part)) == shape else "gives predictions of another shape"
                 except Exception as e: why = f"fails ({type(e).__name__}: {str(e)[:80]})"
                 if why is not None: break
-        if why is None: return
-        self.run = False
+        if why is None: return True
         sides = ' x '.join(map(str, part[0].shape[-2:]))
         self.say(f"SmallerFirst is off, images stay whole: of {sides} pixels, this model {why}.")
+        return False
 
 def _shape(pred):
     "Of a prediction, or of several"
