@@ -151,6 +151,8 @@ def freeze_bn(learn):
     learn.model.bn.requires_grad_(False)
 
 
+# beside these the progress table has what was held and the seconds as well as `selected`
+LOGGERS = ("CSVLogger", "TensorBoardCallback")
 never = dict(monitor="valid_loss", min_delta=100.0)  # no epoch is better by so much
 rows_of = lambda learn: len(learn.recorder.values)
 
@@ -263,7 +265,7 @@ def fit(names, mode, path):
                 CALLBACKS[name].prepare(learn)
             before = own_methods(learn), learn.loss_func, len(learn.dls.train)
             kwargs = {k: v for name in names for k, v in CALLBACKS[name].fit.items()}
-            learn.fit(4, 1e-2, cbs=watch, **kwargs)
+            learn.fit(4, 0.05, cbs=watch, **kwargs)
         except Exception as e:
             res.error = e
         res.restored = before == (own_methods(learn), learn.loss_func, len(learn.dls.train))
