@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastsb.fit_for.Limit': ('fit_for.html#limit', 'fastsb/fit_for.py'),
                                 'fastsb.fit_for.Limit._all_batches': ('fit_for.html#limit._all_batches', 'fastsb/fit_for.py'),
                                 'fastsb.fit_for.Limit.after_batch': ('fit_for.html#limit.after_batch', 'fastsb/fit_for.py'),
+                                'fastsb.fit_for.Limit.before_batch': ('fit_for.html#limit.before_batch', 'fastsb/fit_for.py'),
                                 'fastsb.fit_for.Limit.before_fit': ('fit_for.html#limit.before_fit', 'fastsb/fit_for.py'),
                                 'fastsb.fit_for.Limit.before_train': ('fit_for.html#limit.before_train', 'fastsb/fit_for.py'),
                                 'fastsb.fit_for.Limit.look': ('fit_for.html#limit.look', 'fastsb/fit_for.py'),

@@ -41,9 +41,9 @@ loggers = 'CSVLogger','TensorBoardCallback','WandbCallback','NeptuneCallback','C
 class SelectiveBackpropCallback(Guest):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762).
 
-    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the items of which the model was in
-    at least 0.7 of the mean doubt when it last saw them. A loss that is not over classes shows no doubt;
-    then everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
+    It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the items of which the model was
+    in at least 0.7 of the mean doubt when it last saw them. A loss that is not over classes shows no doubt; then
+    everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
 
     score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do
     not tell which items they give), everything is trained on, and a line says so. Where `stale` or the selector needs

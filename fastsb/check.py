@@ -31,7 +31,8 @@ def check_positive(
     why:str='', # What it is, to end the sentence with
 ):
     "Raise `TypeError` or `ValueError` unless `value` is a finite number above 0 and at most `high`"
-    check_number(name, value, high=high, why=why)
+    low = 0. if high < math.inf else -math.inf
+    check_number(name, value, low, high, why)
     if value <= 0: raise ValueError(f"{name}={value!r} must be above 0{why}.")
 
 def check_int(

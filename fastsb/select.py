@@ -913,6 +913,7 @@ def named_selector(
 ) -> Selector:
     "A new selector by its name"
     if isinstance(selector, Selector): raise ValueError(f"keep={keep!r}: {selector} says itself how many it keeps.")
+    if isinstance(selector, type): check_selector(selector)
     if not (selector is None or isinstance(selector, str)):
         raise TypeError(f"selector={selector!r} must be a fastsb Selector or one of {', '.join(selectors)}.")
     name = 'uncertainty' if selector is None else selector
