@@ -737,13 +737,16 @@ def test_a_verdict_needs_its_interval():
 
 
 def test_incomplete_grids():
-    "A budget that lacks a seed is left out; there is no row without seeds in common with plain, or for a single budget"
+    """Where a budget lacks a seed the others answer, if only with it the answer lies between two budgets; there is no row
+    without seeds in common with plain, or for a single budget"""
     runs = [r for r in synthetic() if not (r["method"] == "fast" and r["budget"] == 12 and r["seed"] == 1)]
     runs += [line("odd", b, 9, 0.9) for b in (3, 6)] + [line("once", 6, s, 0.9) for s in (0, 1)]
     t = tables.time_to_plain(bench_runs.runs_table(runs)).set_index(["method", "plain budget"])
-    assert t.loc[("fast", 12)]["ratio"] == math.inf and t.loc[("fast", 6)]["ratio"] == pytest.approx(
-        3 * 2 ** (4 / 7) / 6
-    )
+    two = tables.time_to_plain(bench_runs.runs_table([r for r in synthetic() if r["seed"] != 1]))
+    two = two.set_index("plain budget").loc[12]
+    assert t.loc[("fast", 12)][["ratio", "low", "high", "seeds"]].equals(two[["ratio", "low", "high", "seeds"]])
+    assert two["seeds"] == 2 and two["ratio"] == pytest.approx(6 * 2 ** (2 / 3) / 12)
+    assert t.loc[("fast", 6)]["ratio"] == pytest.approx(3 * 2 ** (4 / 7) / 6) and t.loc[("fast", 6)]["seeds"] == 3
     assert set(t.index.get_level_values(0)) == {"fast"}
 
 

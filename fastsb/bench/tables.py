@@ -84,11 +84,24 @@ def _range_text(low, high, first, last):
     a,b = (_share_text(o, first, last) for o in (low,high))
     return a if a == b else f'{a} … {b}'
 
+def _seed_sets(acc, plain):
+    "Seeds of plain training with which some budget was run, a list for each"
+    seeds = plain.dropna().index
+    return {tuple(seeds.intersection(acc[b].dropna().index)): None for b in acc.columns}
+
+def _share(acc, plain, level):
+    "Share of time, its interval, the first and last budget as a share, number of seeds; None where there are too few"
+    budgets = [b for b in sorted(acc.columns) if acc[b].notna().all()]
+    if not len(acc) or len(budgets) < 2: return None
+    ends = budgets[0]/plain.name,budgets[-1]/plain.name
+    return *ratio_interval(budgets, acc[budgets].to_numpy(), plain.name, plain.to_numpy(), level),*ends,len(acc)
+
 def time_to_plain(
     runs, # What `runs_table` returned, or what it takes
     level:float=.95, # Of confidence
 ) -> pd.DataFrame: # A row for each setting, method and budget of plain; 0 means below `first`, infinity above `last`
-    "The share of plain training's time in which a method with at least two budgets reaches the same accuracy"
+    """The share of plain training's time in which a method with at least two budgets reaches the same accuracy. Not
+    every budget was run with every seed: taken are the most seeds whose budgets lie on both sides of the answer"""
     rows = []
     for setting,group in equal(runs).groupby('setting', sort=False):
         acc = group.pivot_table(index='seed', columns=['method','budget'], values='accuracy')
@@ -96,14 +109,13 @@ def time_to_plain(
         for m in group.method.unique():
             if m == 'plain': continue
             for b0 in sorted(acc['plain'].columns):
-                seeds = acc['plain'][b0].dropna().index.intersection(acc[m].dropna(how='all').index)
-                budgets = [b for b in sorted(acc[m].columns) if acc[m].loc[seeds,b].notna().all()]
-                if not len(seeds) or len(budgets) < 2: continue
-                plain = acc['plain'].loc[seeds,b0].to_numpy()
-                r,low,high = ratio_interval(budgets, acc[m].loc[seeds,budgets].to_numpy(), b0, plain, level)
-                first,last = budgets[0]/b0,budgets[-1]/b0
+                known = [_share(acc[m].loc[seeds], acc['plain'].loc[seeds,b0], level)
+                         for seeds in map(list, _seed_sets(acc[m], acc['plain'][b0]))]
+                known = [o for o in known if o is not None]
+                if not known: continue
+                r,low,high,first,last,n = max(known, key=lambda o: (0 < o[0] < math.inf, o[-1]))
                 rows.append({'setting':setting, 'method':m, 'plain budget':b0, 'ratio':r, 'low':low, 'high':high,
-                    'first':first, 'last':last, 'seeds':len(seeds), 'time to plain':_share_text(r, first, last),
+                    'first':first, 'last':last, 'seeds':n, 'time to plain':_share_text(r, first, last),
                     f'{100*level:g} %':_range_text(low, high, first, last),
                     'verdict':_faster(low, high, first, last)})
     return pd.DataFrame(rows)
