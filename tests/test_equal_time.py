@@ -737,8 +737,8 @@ def test_a_verdict_needs_its_interval():
 
 
 def test_incomplete_grids():
-    """Where a budget lacks a seed the others answer, if only with it the answer lies between two budgets; there is no row
-    without seeds in common with plain, or for a single budget"""
+    """Where a budget lacks a seed the others answer, if only with it the answer lies between two budgets; there is no
+    row without seeds in common with plain, or for a single budget"""
     runs = [r for r in synthetic() if not (r["method"] == "fast" and r["budget"] == 12 and r["seed"] == 1)]
     runs += [line("odd", b, 9, 0.9) for b in (3, 6)] + [line("once", 6, s, 0.9) for s in (0, 1)]
     t = tables.time_to_plain(bench_runs.runs_table(runs)).set_index(["method", "plain budget"])

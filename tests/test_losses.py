@@ -439,6 +439,28 @@ def test_a_loss_that_was_called_already_is_not_called_for_its_value_again():
     assert calls == ["mean", "none"] and own.item() == loss.item()
 
 
+class Signed(nn.Module):
+    "Of both signs, and with elements that are passed over"
+
+    reduction, ignore_index = "mean", 255
+
+    def forward(self, p, t):
+        l = torch.where(t == 255, 0.0, p * (2.0 * t - 1))
+        return l.sum() / (t != 255).sum() if self.reduction == "mean" else l
+
+
+def test_where_losses_cancel_out_ignored_elements_do_not_count():
+    "Then the loss's own value does not tell what it was divided by"
+    t = torch.tensor([[0, 1, 255, 255], [1, 1, 255, 0], [0, 0, 1, 255]])
+    p, w = torch.ones(3, 4, requires_grad=True), torch.tensor([1.0, 2.0, 0.5])
+    got, own = weighted_loss(Signed(), p, t, w=w)
+    assert own.item() == 0
+    each = np.where(t == 255, 0, 2.0 * t.numpy() - 1)
+    np.testing.assert_allclose(got.item(), (w.numpy() * each.sum(1)).sum() / 8, rtol=1e-6)
+    got.backward()
+    np.testing.assert_allclose(p.grad, w.numpy()[:, None] * each / 8, rtol=1e-6)
+
+
 def test_weights_of_a_loss_with_per_item():
     def mine(p, t):
         return 3 * (p - t).abs().sum(1).mean()
