@@ -10,8 +10,8 @@ cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(root / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 init = (root / "fastsb/__init__.py").read_text(encoding="utf-8")
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("bench", "test", "dev")}
-extras["dev"] += sorted({*extras["test"], *extras["bench"]})
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("bench", "test", "docs", "dev")}
+extras["dev"] += sorted({*extras["test"], *extras["bench"], *extras["docs"]})
 
 setup(
     version=re.search(r'^__version__ = "(.+)"', init, re.M)[1],

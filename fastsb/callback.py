@@ -11,6 +11,7 @@ from functools import partial
 
 import pandas as pd
 import torch
+from torch import nn
 from fastai.callback.core import event
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
@@ -139,8 +140,17 @@ class SelectiveBackpropCallback(Guest):
         self.record.epoch = self.learn.epoch
         self._follow()
         if self._rng is not None: self._draw_on()
-        self.plan = 'now' if self.sampler is None else self._plan_epoch()
+        self.plan,self._held = 'now' if self.sampler is None else self._plan_epoch(),[]
+        if self.plan == 'whole' and not self.window.selects(self.epoch, self.pct_train, self.n_epoch):
+            self._hold_statistics()
         self.record.clock.start('loading')
+
+    def _hold_statistics(self):
+        """In the last stretch BatchNorm over rows goes on with the statistics of what was selected: the weights have come
+        to go with them, and the learning rate is too low to get used to others"""
+        if self._held or not any(r['bp'] < r['candidates'] for r in self._of_this_fit()): return
+        self._held = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
+        for m in self._held: m.eval()
 
     def _draw_on(self):
         "Draw from where the saved fit stood. A loader makes an item when it is asked for `n_inp`: that comes first"
@@ -213,6 +223,7 @@ class SelectiveBackpropCallback(Guest):
         remembered = s.memory.losses(items) if self.scorer.remembers else None
         select = (self.epoch,self.pct_train) in self.window if self.plan == 'now' else self.plan == 'score'
         self._began |= select
+        if self.plan == 'now' and not select: self._hold_statistics()
         known = self._forward.known or select
         e.checked |= not known # it is tried once it is known who prepares batches
         rows = tuple(b) if s is None else (*b, items) # a row says whose it is
@@ -287,6 +298,7 @@ class SelectiveBackpropCallback(Guest):
 
     def after_train(self):
         "End the epoch's record"
+        for m in self._held: m.train()
         if self.sampler is not None and self.plan == 'sample': self.sampler.note_remembered()
         self._end_epoch()
 

@@ -161,7 +161,7 @@ def _rows(x):
 
 # %% ../nbs/10_loaders.ipynb #d243dc5e
 class shortened(_Altered):
-    """For one epoch `dl` yields `items` only, in the order that it would have given them.
+    """For one epoch `dl` yields `items` only, in the order that it would have given them (a `SortedDL`: sorted again).
 
     `with shortened(dl, items): for b in dl: ...`. No last batch is of less than half: then `dl.bs` is a little smaller
     for that epoch, or a few of `items`, drawn, are left out. `drop_last` is obeyed as ever. The shares that a
@@ -186,6 +186,7 @@ class shortened(_Altered):
         if len(order) < least: order = self._joined(drawn, least)
         n,bs,drop = self._cut(-(-len(order)//self.ways))
         if n*self.ways < len(order): order = self._without(order, len(order)-n*self.ways)
+        if _is(dl, 'SortedDL') and dl.shuffle: order = self._by_length(order, bs*self.ways)
         self._idxs = order.tolist()
         partial = dict(partial_n=len(order)) if getattr(dl, 'partial_n', None) is not None else {}
         self._alter(get_idxs=self._get_idxs, n=len(order), bs=bs, drop_last=drop, **partial)
@@ -241,10 +242,25 @@ class shortened(_Altered):
         if n - (batches-1)*even >= max(even/2, 2): return n,even,drop
         return keep,bs,drop # there are many batches: these few wait for another epoch
 
+    def _draws(self):
+        "A generator that begins where the loader's own is, which it does not move"
+        r = random.Random()
+        r.setstate(self._rng.getstate())
+        return r
+
+    def _by_length(self, order, rows):
+        "As a `SortedDL` does it: 50 batches of `rows` at a time are sorted by length, then batches shuffled"
+        lengths = torch.tensor([self.dl.res[i] for i in order.tolist()])
+        parts = zip(order.split(50*rows), lengths.split(50*rows))
+        order = torch.cat([part[length.argsort(descending=True, stable=True)] for part,length in parts])
+        first,*others = order.split(rows)
+        inner = others[:-1] # the longest are first, as in fastai, and what is not full is last
+        self._draws().shuffle(inner)
+        return torch.cat([first, *inner, *others[-1:]])
+
     def _without(self, order, rest):
         "`order` without `rest` of its items, which are drawn, so that nobody always waits"
-        r,here = random.Random(),torch.ones(len(order), dtype=torch.bool)
-        r.setstate(self._rng.getstate())
+        r,here = self._draws(),torch.ones(len(order), dtype=torch.bool)
         here[r.sample(range(len(order)), rest)] = False
         return order[here]
 

@@ -230,11 +230,7 @@ def test_what_is_mixed_is_remembered_for_the_rows_own_item(mix, least, capsys):
     np.testing.assert_allclose(memory.losses(), book.loss, rtol=1e-4)
     np.testing.assert_allclose(memory.doubts(), book.doubt, rtol=1e-4)
     selected = learn.sb.log.selected
-    assert (
-        learn.sb.counts["fp"] == 0
-        and selected[[0, 9]].tolist() == [1.0, 1.0]
-        and selected[1:9].min() < 0.9
-    )
+    assert learn.sb.counts["fp"] == 0 and selected[[0, 9]].tolist() == [1.0, 1.0] and selected[1:9].min() < 0.9
     assert (
         np.mean(book.sure) >= least
         and (np.mean(book.sure) < 1) == (least < 1)
@@ -396,3 +392,52 @@ def test_doubtful_alone_chooses_by_loss():
         repr(digits_learner().selective_backprop(score=lambda model, batch: batch[0].mean(1)).sb.selector)
         == "TopK(keep=0.5)"
     )
+
+
+class Norms(Callback):
+    "Of the first BatchNorm: its running mean before and after each epoch's training; does it use it there?"
+
+    def norm(self):
+        return next(m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def before_fit(self):
+        self.rows, self.used = [], []
+
+    def before_train(self):
+        self.used = []
+        self.old = self.norm().running_mean.clone()
+
+    def before_batch(self):
+        if self.training:
+            self.used.append(not self.norm().training)
+
+    def after_train(self):
+        same = torch.equal(self.old, self.norm().running_mean)
+        self.rows.append((same, all(self.used), any(self.used)))
+
+
+def image_model():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+    )
+
+
+@pytest.mark.parametrize(
+    "kw", [{}, dict(beta=1, score="model"), dict(selector="topk")], ids=["default", "scored", "topk"]
+)
+def test_in_the_last_stretch_statistics_of_rows_stay_as_they_are(kw):
+    """BatchNorm1d goes on with what it has seen of the selected; nothing of it is left when the fit is over. Neither
+    images' norms, nor a fit in which nothing is left out, nor selection to the end know of it"""
+    moves, held = (False, False, False), (True, True, True)
+    learn = quiet_fit(digits_learner(cbs=Norms()).selective_backprop(**kw), 10, 0.05)
+    assert learn.norms.rows == [moves] * 9 + [held]
+    assert all(m.training for m in learn.model.train().modules())
+    learn.fit(1, 0.01)
+    assert learn.norms.rows == [moves]
+    for change in (
+        lambda: digits_learner(cbs=Norms(), model=image_model()).selective_backprop(**kw),
+        lambda: digits_learner(cbs=Norms()).selective_backprop(**kw, end=1.0),
+        lambda: digits_learner(cbs=Norms()).selective_backprop(beta=0),
+        lambda: digits_learner(cbs=Norms()),
+    ):
+        assert quiet_fit(change(), 10, 0.05).norms.rows == [moves] * 10

@@ -444,7 +444,7 @@ def test_the_callback_does_not_wait(exact, allowed):
         (dict(exact="yes"), "exact='yes'"),
         (dict(batching="drop"), "batching='drop'"),
         (dict(seed=1.5), "seed=1.5"),
-        (dict(selector="topp"), "selector='topp' must be one of"),
+        (dict(selector="none such"), "selector='none such'"),
         (dict(selector=Percentile(1), beta=2), "not both"),
         (dict(per_item=1), "per_item=1"),
         (dict(bata=1), "bata"),

@@ -213,7 +213,10 @@ def check_loader(dl, items_of, r, seed):
         expect = [i for i in order if not (skip and i % skip == 1)]
         if not skip:
             assert [len(b) for b in got] == sizes
-        if dl.fake_l.num_workers < 2 or not skip:
+        if isinstance(dl, SortedDL) and dl.shuffle:  # sorted again, so that little is padded
+            lengths = [[dl.res[i] for i in b] for b in got]
+            assert all(b == sorted(b, reverse=True) for b in lengths)
+        elif dl.fake_l.num_workers < 2 or not skip:
             rest = iter(expect)
             assert all(i in rest for i in flat)  # the loader's own order...
         assert not Counter(flat) - Counter(expect)
@@ -335,6 +338,26 @@ def test_sorted_loader_stays_sorted():
     dl = SortedDL(ds, before_batch=pad_input, bs=10, shuffle=True, num_workers=0)
     with shortened(dl, torch.randperm(200)[:90]), ItemTracker(dl) as t:
         assert np.mean(np.concatenate([np.diff(ds.lens[t.items]) <= 0 for _ in dl])) > 0.8
+
+
+@pytest.mark.parametrize("n", (90, 97, 9))
+def test_batches_of_chosen_texts_are_of_one_length(n):
+    "The whole epoch's batches stand in any order: cut anew from that, long texts would come with short ones"
+    ds = Texts(400, np.random.default_rng(0))
+    dl = SortedDL(ds, before_batch=pad_input, bs=10, shuffle=True, num_workers=0)
+    chosen, orders = torch.randperm(400)[:n], []
+    for _ in range(2):
+        with shortened(dl, chosen), ItemTracker(dl) as t:
+            batches = [ds.lens[t.items] for _ in dl]
+        spread = np.ptp(ds.lens[chosen.numpy()]) + 1
+        # n texts sorted by length and cut into batches: the spreads of all batches add up to that of the lengths
+        assert sum(np.ptp(b) for b in batches) <= spread and batches[0].max() == ds.lens[chosen.numpy()].max()
+        orders.append([b.tolist() for b in batches])
+    assert n == 9 or orders[0] != orders[1]
+
+
+def test_sorted_loader_that_does_not_shuffle_stays_sorted():
+    ds = Texts(200, np.random.default_rng(0))
     dl = SortedDL(ds, before_batch=pad_input, bs=10, shuffle=False, num_workers=0)
     with shortened(dl, torch.randperm(200)[:90]), ItemTracker(dl) as t:
         assert (np.diff(np.concatenate([ds.lens[t.items] for _ in dl])) <= 0).all()

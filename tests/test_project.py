@@ -60,6 +60,30 @@ def test_notebooks_are_stories(nb):
     assert not [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"]
 
 
+tutorials = [nb for nb in notebooks if nb.parent.name == "tutorials"]
+
+
+@pytest.mark.parametrize("nb", tutorials, ids=lambda p: p.stem)
+def test_tutorials_open_in_colab(nb):
+    "A badge that leads to this notebook, and a cell that installs what Colab lacks, before anything is imported"
+    cells, repository = nbformat.read(nb, as_version=4).cells, settings()["repository"]
+    at = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"]({at}/blob/main/{nb.relative_to(root).as_posix()})" in cells[0].source
+    first = next(c.source for c in cells if c.cell_type == "code")
+    assert "find_spec('fastsb') is None" in first and f"%pip install -q git+{repository}\n" in first + "\n"
+
+
+def test_all_tutorials_are_run():
+    "`nbdev-test` finds each, and skips none"
+    from nbdev.config import get_config
+    from nbdev.doclinks import nbglob
+
+    assert set(tutorials) <= {Path(p).resolve() for p in nbglob(get_config(root).nbs_path)}
+    for nb in tutorials:
+        text = nb.read_text()
+        assert "skip_exec" not in text and not re.search(r"#\| *(eval: *false|notest)", text), nb.name
+
+
 def test_all_holds_the_public_names():
     names = "per_item_loss LossHistory Selector Percentile BatchBuffer SelectiveBackprop SelectiveBackpropCallback"
     for name in (*names.split(), "Autocast"):
@@ -234,3 +258,10 @@ def test_rooms_import_only_what_stands_above_them():
         source = (root / "fastsb" / f"{module.replace('.', '/')}.py").read_text()
         for other in re.findall(r"^from \.([\w.]+) import", source, re.M):
             assert other in at and at[other] < place, f"{module} imports {other}, which does not stand above it"
+
+
+def test_the_site_says_what_settings_say():
+    site, s = yaml.safe_load((root / "mkdocs.yml").read_text()), settings()
+    assert site["site_name"] == s["lib_name"] and site["site_url"] == s["documentation"]
+    assert site["extra"]["social"][0]["link"] == s["repository"]
+    assert s["description"].startswith(site["site_description"])

@@ -161,7 +161,7 @@ def _tell(message):
     print(f"fastsb.bench: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-command_rooms = 'overhead epoch files cache peers agreement gpu runs report regression'.split() # of this package
+command_rooms = 'overhead epoch files beyond cache peers agreement gpu runs advice mislabelled report regression'.split() # of this package
 
 def main(
     argv:list|None=None, # The command's name and its options; None: those of the command line
