@@ -185,7 +185,7 @@ CALLBACKS = {
     ),
     "FetchPredsCallback": entry(lambda p: [FetchPredsCallback()], lambda l, w: tuple(l.fetched[0].shape) == (32, 10)),
     "ParamScheduler": entry(
-        lambda p: [ParamScheduler({"lr": SchedCos(1e-2, 1e-4)})],
+        lambda p: [ParamScheduler({"lr": SchedCos(5e-2, 5e-4)})],
         lambda l, w: w.lrs == sorted(w.lrs)[::-1] and w.lrs[-1] < 3e-3,
     ),
     "LRFinder": entry(
@@ -195,7 +195,7 @@ CALLBACKS = {
     "BnFreeze": entry(lambda p: [BnFreeze()], lambda l, w: l.model.bn.running_mean.abs().max() == 0, prepare=freeze_bn),
     "ModelResetter": entry(lambda p: [ModelResetter()], lambda l, w: l.model.resets > 2 * rows_of(l)),
     "RNNRegularizer": entry(
-        lambda p: [RNNCallback(), RNNRegularizer(2.0, 1.0)], lambda l, w: len(w.added) > 0 and min(w.added) > 0.1
+        lambda p: [RNNCallback(), RNNRegularizer(0.2, 0.1)], lambda l, w: len(w.added) > 0 and min(w.added) > 0.001
     ),
     "ChannelsLast": entry(
         lambda p: [ChannelsLast()],
@@ -265,7 +265,7 @@ def fit(names, mode, path):
                 CALLBACKS[name].prepare(learn)
             before = own_methods(learn), learn.loss_func, len(learn.dls.train)
             kwargs = {k: v for name in names for k, v in CALLBACKS[name].fit.items()}
-            learn.fit(4, 0.05, cbs=watch, **kwargs)
+            learn.fit(4, 0.07, cbs=watch, **kwargs)
         except Exception as e:
             res.error = e
         res.restored = before == (own_methods(learn), learn.loss_func, len(learn.dls.train))
