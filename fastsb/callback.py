@@ -6,6 +6,7 @@
 __all__ = ['can_pay', 'loggers', 'SelectiveBackpropCallback']
 
 # %% ../nbs/11_callback.ipynb #6a8f82c4
+import inspect
 from functools import partial
 
 import pandas as pd
@@ -42,8 +43,8 @@ class SelectiveBackpropCallback(Guest):
     """Trains on the examples that still teach something: Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762).
 
     It is `learn.sb`. Without arguments: between a tenth and nine tenths of the fit, on the items of which the model was
-    in at least 0.7 of the mean doubt when it last saw them. A loss that is not over classes shows no doubt;
-    then everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
+    in at least 0.7 of the mean doubt when it last saw them. A loss that is not over classes shows no doubt; then
+    everything is trained on, unless `beta` or `selector` says how to choose, and a line says so.
 
     score='auto' remembers what training has left of each item, at no cost. Where that cannot be done (loaders that do
     not tell which items they give), everything is trained on, and a line says so. Where `stale` or the selector needs
@@ -64,7 +65,11 @@ class SelectiveBackpropCallback(Guest):
     @delegates(Way.__init__)
     def __init__(self,
         **kwargs # The settings, which check themselves
-    ): self.way = Way(**kwargs)
+    ):
+        settings = inspect.signature(Way).parameters
+        if strange := [k for k in kwargs if k not in settings]:
+            raise TypeError(f"There is no argument {strange[0]}={kwargs[strange[0]]!r}, only {', '.join(settings)}.")
+        self.way = Way(**kwargs)
 
     # the settings that others ask for
     selector = property(lambda self: self.way.selector, doc="Who chooses in the fit at hand")
@@ -188,11 +193,14 @@ class SelectiveBackpropCallback(Guest):
         self.record.clock.stop('loading')
         self.learn.iter = i
         ready = self._candidates(self.learn._set_device(b))
-        for batch,self.engine.weights in ready:
+        began,part = self.learn.pct_train,1./(self.n_iter*self.n_epoch)
+        for j,(batch,self.engine.weights) in enumerate(ready):
+            if j: self.learn.pct_train = began + part*j/len(ready)
             if self.sampler is not None: *batch,self._rows = batch
             if self._forward.known: self._one(i, tuple(batch))
             else: self._first_batch(i, tuple(batch))
-        if not ready: self._pass_by()
+        if len(ready) != 1: self.learn.pct_train = began + part # progress is counted in candidates
+        if not ready: self.record.clock.start('loading')
 
     def _first_batch(self, i, batch):
         "Find out who prepares batches for the model; then, before any score is needed, what else cannot work"
@@ -200,11 +208,6 @@ class SelectiveBackpropCallback(Guest):
         try: self._one(i, batch)
         finally: stop()
         if not self.engine.checked: self.engine.check_first(batch)
-
-    def _pass_by(self):
-        "A batch of candidates after which there is nothing to train on yet: progress is counted in candidates"
-        self.learn.train_eval.after_batch()
-        self.record.clock.start('loading')
 
     def _candidates(self, b):
         "What is ready to be trained on, once the candidates `b` were offered"
@@ -327,9 +330,10 @@ class SelectiveBackpropCallback(Guest):
         "One line if the fit was too short for any selection; nothing about a stage of one epoch"
         if self.selector.keep == 1 or self._began or self.n_epoch < 2 or len(self._of_this_fit()) < self.n_epoch: return
         how = 'goes by what earlier epochs have shown and '*self.remembered
-        self.say(f"nothing was left out. Selection {how}is from start={self.window.start!r} to "
-                  f"end={self.window.end!r}, and this fit had {self.n_epoch} epochs: fit for longer, or choose another "
-                  "start or end.")
+        w = self.window
+        self.say(f"nothing was left out. Selection {how}begins at {w.start!r} and ends at {w.end!r} (an int is epochs, "
+                 f"a float a share of the fit), and this fit had {self.n_epoch} epochs: fit for longer, or let "
+                 "selection begin earlier or end later.")
 
     def _say_if_it_cannot_pay(self):
         "One line, once, if the losses are too even for selection to pay"

@@ -20,7 +20,8 @@ def check_number(
     "Raise `TypeError` or `ValueError` unless `value` is a finite number in [low, high]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number{why}.")
-    allowed = f'between {low:g} and {high:g}' if high < math.inf else f'at least {low:g}'
+    if high < math.inf: allowed = f'between {low:g} and {high:g}'
+    else: allowed = 'finite' if value == math.inf or low == -math.inf else f'at least {low:g}'
     if not low <= value <= high or math.isinf(value): raise ValueError(f"{name}={value!r} must be {allowed}{why}.")
 
 def check_positive(
@@ -30,7 +31,8 @@ def check_positive(
     why:str='', # What it is, to end the sentence with
 ):
     "Raise `TypeError` or `ValueError` unless `value` is a finite number above 0 and at most `high`"
-    check_number(name, value, high=high, why=why)
+    low = 0. if high < math.inf else -math.inf
+    check_number(name, value, low, high, why)
     if value <= 0: raise ValueError(f"{name}={value!r} must be above 0{why}.")
 
 def check_int(

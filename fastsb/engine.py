@@ -19,7 +19,7 @@ from .losses import per_item_loss
 from .memory import ItemMemory, onto
 from .record import Record
 from .score import as_scorer, model_batch
-from .select import Percentile, Selector
+from .select import Percentile, Selector, check_selector
 
 # %% ../nbs/07_engine.ipynb #7adfb4bc
 class Choice:
@@ -39,8 +39,8 @@ class Choice:
         check_choice('rescale', rescale, ('mean','sum','inverse'))
         check_int('interrupt', interrupt, 2, none=True, why=': every how many batches one is trained whole')
         check_callable('per_item', per_item, why=', (pred, *targets) -> (B,)')
+        if selector is not None: check_selector(selector)
         if selector is None: selector = Percentile(beta, exact, seed)
-        elif not isinstance(selector, Selector): raise TypeError(f"selector={selector!r} must be a fastsb Selector.")
         elif (beta,exact,seed) != (1.,True,None):
             raise ValueError(f"Pass either selector={selector!r} or beta, exact and seed, not both.")
         self.selector,self.scorer = selector,as_scorer(score)

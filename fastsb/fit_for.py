@@ -48,10 +48,11 @@ class Limit(Guest):
 
     def look(self):
         "Has the end come?"
-        self.over = self.progress >= 1-1e-9
-        self.learn.pct_train = self.progress
+        self._now = self.learn.pct_train = self.progress
+        self.over = self._now >= 1-1e-9
 
-    def before_train(self): self.learn.pct_train = self.progress
+    def before_train(self): self._now = self.learn.pct_train = self.progress
+    def before_batch(self): self.learn.pct_train = self._now # whoever built several batches of one set it back
     def after_batch(self): self.look()
 
 class EndOfFit(Callback):

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .callback import SelectiveBackpropCallback
-from .check import check_bool
+from .check import check_bool, check_choice, check_positive
 from .losses import per_item_loss
 from .select import InfoBatch, LossShare
 
@@ -61,10 +61,12 @@ class BatchLossFilterCallback(SelectiveBackpropCallback):
         batching:str='prune', # 'prune': train on what is kept of each batch, two at least; or 'accumulate' full batches
         rescale:str='mean', # How kept losses are averaged: 'mean', or 'sum' over the kept / candidates
         per_item=None, # Callable `(pred, *targets) -> (B,)` for a loss that cannot be split into one loss per example
+        bs:int|None=None, # Rows of the batches that 'accumulate' builds; None: as the loader has it
     ):
+        check_choice('rescale', rescale, ('mean','sum'))
         selector = LossShare(min_loss_perc, min_samples_perc)
         super().__init__(start=start, end=end, batching=batching, selector=selector, rescale=rescale, per_item=per_item,
-                         score='model')
+                         score='model', bs=bs)
 
 @patch
 @delegates(BatchLossFilterCallback.__init__)
@@ -91,7 +93,8 @@ def infobatch(self:Learner,
 ) -> Learner:
     """Train with InfoBatch (Qin et al. 2024, arXiv 2303.04947) from now on: remembered losses choose by `InfoBatch(r)`
     until `delta`. It is `learn.sb`"""
-    how = dict(score='cached', momentum=0., start=1, end=delta, per_item=per_item)
+    check_positive('delta', delta, high=1., why=', the fraction of the fit after which everything is trained on')
+    how = dict(score='cached', momentum=0., start=1, end=float(delta), per_item=per_item)
     return self.selective_backprop(selector=InfoBatch(r, seed), **how)
 
 # %% ../nbs/12_learner.ipynb #74976652

@@ -46,12 +46,15 @@ def check_loader(
     name = type(dl).__name__
     if not isinstance(dl, DataLoader):
         why = f"a {type(dl).__module__}.{name} does not tell: only fastai's DataLoaders do"
-    elif _is(dl, 'LMDataLoader'): why = f"the batches of an {name} are stretches of one long text, not items"
+    elif _is(dl, 'LMDataLoader'):
+        raise ValueError(f"The batches of an {name} are stretches of one long text, which leaving rows out would "
+                         "break: train a language model on all of it, without fastsb.")
     elif not dl.indexed or dl.n is None: why = f"the data set of this {name} has no indices or no length"
     elif dl.bs is None: why = f"this {name} has bs=None: its data set gives whole batches"
     elif step := _makes_its_own(dl): why = f"this {name} has a `{step}` of its own"
     else: return
-    raise ValueError(f"It must be known which items a batch is made of, and {why}. Use score='model' with this loader.")
+    raise ValueError(f"It must be known which items a batch is made of, and {why}. To score by forward passes with it, "
+                     "use learn.selective_backprop(beta=1, score='model').")
 
 # %% ../nbs/10_loaders.ipynb #27f2f0c4
 class _Altered:
@@ -126,7 +129,7 @@ class ItemTracker(_Altered):
     def _untag(self, b):
         if not isinstance(b, dict) or '_batch' not in b:
             raise ValueError(f"This {type(self.dl).__name__} makes batches in a way of its own, so it is not known of "
-                             "which items: use score='model' with it.")
+                             "which items: use learn.selective_backprop(beta=1, score='model').")
         items,b = b.get('_items'),b['_batch']
         if self.dl.pin_memory and type(b) is list: b = tuple(b) # as fastai's `__iter__` does
         b = self._was('after_batch', b)
@@ -134,7 +137,7 @@ class ItemTracker(_Altered):
         n = _rows(b)
         if n is not None and n != len(items):
             raise ValueError(f"A batch of {n} rows was made of {len(items)} items, so it is not known which is whose: "
-                             "use score='model' with this loader.")
+                             "use learn.selective_backprop(beta=1, score='model').")
         self.items = torch.from_numpy(items)
         return b
 
@@ -191,7 +194,7 @@ class shortened(_Altered):
         if len(dl) != (len(order)//bs if drop else -(-len(order)//bs)):
             self.stop()
             raise ValueError(f"A {type(dl).__name__} counts its batches in a way of its own and cannot be shortened: "
-                             "use score='model' with it.")
+                             "use learn.selective_backprop(beta=1, score='model').")
         return self
 
     def _rows(self, n):

@@ -8,8 +8,10 @@ __all__ = ['known_losses', 'loss_setting', 'loss_name', 'unreduced', 'loss_kind'
 
 # %% ../nbs/00_losses.ipynb #a8d2b0b5
 import inspect
+from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 
 import torch
@@ -156,10 +158,39 @@ def _in_order(l, t):
         if l.numel() == t.numel() and len(l) == lead: return True
     return False
 
+def _objects(loss_func):
+    "`loss_func` with all that it wraps, and the modules in it or that it is a method of"
+    for o in _layers(loss_func):
+        yield o
+        module = getattr(o, '__self__', o)
+        if isinstance(module, nn.Module): yield from module.modules()
+
 def _is_shipped(loss_func):
     "Does `loss_func` come with PyTorch or fastai, so that it gives what it is documented to give?"
-    modules = [o.__module__ if inspect.isroutine(o) else type(o).__module__ for o in _layers(loss_func)]
-    return all(m.split('.')[0] in ('torch','fastai','functools') for m in modules)
+    modules = [o.__module__ if inspect.isroutine(o) else type(o).__module__ for o in _objects(loss_func)]
+    return all((m or '').split('.')[0] in ('torch','fastai','functools') for m in modules)
+
+def _copied(o):
+    "`o` with copies of all in it that can be changed in place, but for parameters"
+    if isinstance(o, Tensor): return o if o.requires_grad or isinstance(o, nn.Parameter) else o.clone()
+    if not isinstance(o, (dict,list,deque,set)): return o
+    new = copy(o)
+    if not isinstance(o, set):
+        for k,v in o.items() if isinstance(o, dict) else enumerate(o): new[k] = _copied(v)
+    return new
+
+@contextmanager
+def _as_it_was(loss_func):
+    "A context in which `loss_func` works with copies of its running means and counters, and what they were comes back"
+    stateful = [] if _is_shipped(loss_func) else [o for o in _objects(loss_func) if getattr(o, '__dict__', None)]
+    states = [(vars(o), dict(vars(o))) for o in {id(o): o for o in stateful if not inspect.isclass(o)}.values()]
+    try:
+        for state,old in states: state.update({k: _copied(v) for k,v in old.items()})
+        yield
+    finally:
+        for state,old in states:
+            state.clear()
+            state.update(old)
 
 def _holds_for_some(f, args, n, m):
     "Does `f` give `m` numbers for each row, also where it gets only some of the `n` rows of its arguments?"
@@ -169,7 +200,7 @@ def _holds_for_some(f, args, n, m):
 def _by_row(loss_func, pred, yb, n):
     "(n,m) what the loss returns for the elements of each example; `TypeError` if it is not known whose they are"
     ts = [t for t in _tensors(yb) if len(t) == n]
-    with unreduced(loss_func) as f:
+    with _as_it_was(loss_func), unreduced(loss_func) as f:
         l = f(pred, *yb)
         is_tensor = isinstance(l, Tensor)
         rows = is_tensor and (l.dim() > 0 and len(l) == n or n == l.numel() == 1)
@@ -203,8 +234,9 @@ def per_item_loss(
 
     What a loss returns for the elements of an example (pixels, labels, coordinates) is averaged as the loss itself
     would: over the elements that are not `ignore_index`, or summed where `reduction` is 'sum' or 'batchmean'; CTC's is
-    divided by the length of the target. Class weights weigh the losses and are not divided out again. Raises
-    `TypeError` for a loss that cannot be split, saying what to pass instead."""
+    divided by the length of the target. Class weights weigh the losses and are not divided out again. A loss with a
+    state of its own, such as a running mean, has the same state afterwards. Raises `TypeError` for a loss that cannot
+    be split, saying what to pass instead."""
     n = _n_items(pred, yb)
     if per_item is not None: return _checked(per_item(pred, *yb), n, f"per_item={loss_name(per_item)}")
     l = _by_row(loss_func, pred, yb, n)

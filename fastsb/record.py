@@ -66,7 +66,9 @@ class Points:
     "At most `limit` points of a curve, or of several, evenly thinned as they come"
     def __init__(self,
         limit:int=4096, # How many are kept at most
-    ): self.limit,self.every,self.seen,self.x,self.y = limit,1,0,[],[]
+    ):
+        check_int('limit', limit, 2, why=': the number of points that are kept at most')
+        self.limit,self.every,self.seen,self.x,self.y = limit,1,0,[],[]
 
     def add(self,
         x:float, # Where

@@ -18,7 +18,7 @@ from .history import as_losses
 from .losses import loss_and_doubt, per_item_loss, shows_doubt
 from .memory import ItemMemory, as_items, collective_device, onto, together
 from .record import Record
-from .select import ByDoubt, DoubtAbove, Selection, Selector
+from .select import ByDoubt, DoubtAbove, Selection, Selector, check_selector
 
 # %% ../nbs/08_sampler.ipynb #6a5f6217
 def _candidates(memory, items, chunk):
@@ -68,7 +68,7 @@ def check_remembering(
     selector:Selector, # Who is to choose
 ):
     "Raise `TypeError` or `ValueError` unless `selector` can choose by what is remembered of items"
-    if not isinstance(selector, Selector): raise TypeError(f"selector={selector!r} must be a fastsb Selector.")
+    check_selector(selector)
     if selector.needs_pred:
         raise ValueError(f"{selector} looks at predictions, and a memory has only losses and doubts: "
                          "use Percentile(), or score='model' and stale=1.")
@@ -152,11 +152,13 @@ class SelectiveSampler(Sampler):
         check_bool('shuffle', shuffle)
         check_choice('rescale', rescale, ('mean','sum','inverse'))
         check_callable('per_item', per_item, why=', a callable (pred, *targets) -> (B,)')
+        check_callable('loss_func', loss_func)
+        self.memory = ItemMemory(n_items, momentum, device)
         self._check_batches(bs, drop_last)
         self._check_processes(num_replicas, rank)
         self.selector = self._who(selector, loss_func, rescale)
+        self.selector.check_items(n_items)
         self.loss_func,self.per_item = loss_func,per_item
-        self.memory = ItemMemory(n_items, momentum, device)
         self.record = Record() if record is None else record
         self.epochs,self.max_age,self.rescale,self.shuffle = epochs,max_age,rescale,shuffle
         self.bs,self.drop_last = bs,drop_last

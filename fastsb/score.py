@@ -444,12 +444,12 @@ class _Function(Scorer):
         model,n = _unwrapped(model),n_rows(batch)
         with scoring(model, _device(model), autocast, self._modules.of(model)): scores = self.f(model, _to_plain(batch))
         if not isinstance(scores, Tensor) or scores.shape != (n,):
-            raise ValueError(f"score={self.f!r} must return one number a row, a tensor of shape ({n},), but gave a "
+            raise ValueError(f"score={self} must return one number a row, a tensor of shape ({n},), but gave a "
                              f"{_kind(scores)}.")
         return scores.detach().clone().float(),None,() # a copy: it may be a tensor that the function goes on using
 
     def check(self, batch, model, loss_func, **how): self(batch, model, loss_func, **how)
-    def __repr__(self): return repr(self.f)
+    def __repr__(self): return getattr(self.f, '__name__', None) or repr(self.f)
 
 def as_scorer(
     score, # 'model', a `Scorer`, or a callable `(model, batch) -> (B,)`

@@ -85,7 +85,7 @@ class SmallerFirst(Guest):
         for x in self.xb:
             if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point(): continue
             what = f"a tensor of {x.dtype} and shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"SmallerFirst is for images, float tensors of shape (B, C, H, W), and an input is "
+            raise ValueError("SmallerFirst is for images, float tensors of shape (B, C, H, W), and an input is "
                              f"{what}: train without it.")
         if any(isinstance(y, Tensor) and y.ndim > 2 for y in self.yb):
             raise ValueError("SmallerFirst would not crop the targets, which lie in the image: train without it.")

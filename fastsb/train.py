@@ -259,6 +259,8 @@ def _check_options(o):
     _check_length(o)
     _settle(o)
     _check_used(o)
+    if o.strategy == 'infobatch' and o.end is not None:
+        check_positive('end', o.end, high=1., why=', for infobatch a fraction of the fit')
 
 def _check_length(o):
     "Raise `ValueError` unless one thing says how long the fit is"
@@ -365,7 +367,7 @@ def fastsb_train(
     score_size:float=None, # Make images smaller by this factor to score them
     score_precision:str=None, # Precision of the scoring pass: bf16, fp16 or fp32 (as in training if not given)
     start:int|float=None, # When selection begins: an epoch (2) or a fraction of the fit (0.1, the default's; 1 for sb)
-    end:int|float=None, # When everything is trained on again: as start (0.9 by default; 1.0 for sb)
+    end:int|float=None, # When everything is trained on again: as start (0.9; 1.0 for sb; for infobatch a fraction)
     data_augmentation:bool=False, # Shift training images at random, and flip them (digits and svhn are not flipped)
     cutout:bool=False, # Cut a square out of each training image
     length:int=None, # Side of that square in pixels (half the height of the images if not given)

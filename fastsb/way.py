@@ -8,11 +8,12 @@ __all__ = ['sources', 'Way']
 # %% ../nbs/10c_way.ipynb #16e24e0d
 import torch
 
-from .check import Window, check_choice, check_int, check_number
+from .check import Window, check_choice, check_int, check_positive
 from .engine import Choice, SelectiveBackprop
 from .history import LossHistory
 from .loaders import check_loader, inner_loader, item_count
 from .losses import loss_kind, shows_doubt, unreduced
+from .memory import check_momentum
 from .sampler import SelectiveSampler, check_remembering
 from .select import DoubtAbove, Percentile, Selector, TopK, Uncertainty, named_selector
 
@@ -50,6 +51,8 @@ class Way:
             if beta is not None: raise ValueError(f"beta={beta!r} chooses by loss: leave keep and selector out.")
             selector,seed = named_selector(selector, keep, seed),None
         self.by_default = beta is None and selector is None
+        if beta is not None and isinstance(selector, Selector):
+            raise ValueError(f"Pass either selector={selector!r} or beta={beta!r}, not both.")
         if self.by_default and not exact: raise ValueError("exact=False draws by percentiles: pass beta= too.")
         scorer = 'model' if isinstance(score, str) else score
         by_loss = 1. if beta is None else beta
@@ -60,7 +63,8 @@ class Way:
         self.selector = self.asked
         for k,v in (('stale',stale),('max_age',max_age)): check_int(k, v, 1, why=': a number of epochs')
         check_int('bs', bs, 2, none=True)
-        for k,v in (('momentum',momentum),('pool',pool)): check_number(k, v, high=1.)
+        check_momentum(momentum)
+        check_positive('pool', pool, high=1., why=', the share of the items that is loaded')
         self.score = 'model' if score == 'auto' and (stale > 1 or self.asked.needs_pred) else score
         self.batching,self.rescale,self.interrupt,self.per_item,self.bs = batching,rescale,interrupt,per_item,bs
         self.stale,self.momentum,self.max_age,self.pool = stale,momentum,max_age,pool
@@ -112,9 +116,12 @@ class Way:
         if why: self.give_up()
         if self.selector.keep == 1: return why
         self.selector.check(loss_func)
+        if self.selector.needs_items: self.selector.check_items(item_count(inner_loader(dl)))
         if mixes and (self.rescale != 'mean' or self.selector.weighted):
-            raise ValueError("Weights (rescale, GradNorm, InfoBatch) need the loss of each example, and "
-                             f"{mixes} mixes them: use rescale='mean'.")
+            who = f"rescale={self.rescale!r}" if self.rescale != 'mean' else f"{self.selector}"
+            what = "leave rescale='mean'" if self.rescale != 'mean' else "choose by selector=TopK(.5)"
+            raise ValueError(f"{who} weighs the loss of each example, and {mixes} mixes them: {what}, or train without "
+                             f"{mixes}.")
         if self.per_item is None:
             with unreduced(loss_func): pass # raises for a loss that cannot be split
 
@@ -154,8 +161,8 @@ class Way:
         "The engine of a fit, where forward passes score"
         if not self.fresh: return None
         if any(c.__name__ == 'LMDataLoader' for c in type(dl).__mro__):
-            raise ValueError("The batches of an LMDataLoader continue each other row by row, and leaving rows out "
-                             "would break the text: Selective-Backprop cannot train a language model on them.")
+            raise ValueError("The batches of an LMDataLoader are stretches of one long text, which leaving rows out "
+                             "would break: train a language model on all of it, without fastsb.")
         bs = self.bs or getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
         if bs is None and self.batching != 'prune':
             raise ValueError("The training DataLoader has neither `bs` nor `batch_size`, so it is not known what a "

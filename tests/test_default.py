@@ -308,11 +308,11 @@ def test_a_fit_too_short_for_selection_says_so(capsys):
         (
             2,
             {},
-            says + ". Selection goes by what earlier epochs have shown and is from start=0.1 to end=0.9, "
-            "and this fit had 2 epochs: fit for longer, ",
+            says + ". Selection goes by what earlier epochs have shown and begins at 0.1 and ends at 0.9 (an int is "
+            "epochs, a float a share of the fit), and this fit had 2 epochs: fit for longer, or let ",
         ),
-        (2, dict(paper=True, start=2), says + ". Selection is from start=2 to end=1.0, and this fit had 2 epochs: "),
-        (2, dict(start=3, end=1.0), "start=3 to end=1.0, and this fit had 2 epochs: "),
+        (2, dict(paper=True, start=2), says + ". Selection begins at 2 and ends at 1.0 (an int is epochs, "),
+        (2, dict(start=3, end=1.0), "begins at 3 and ends at 1.0 (an int is epochs, a float a share of the fit), "),
         (2, dict(end=1.0), None),
         (3, {}, None),
         (1, dict(beta=1, score="model"), None),  # begins a tenth into the epoch

@@ -167,6 +167,22 @@ def test_other_callbacks_see_whole_epochs(clock, tmp_path, mode):
     assert {f"model_{i}" for i in range(learn.n_epoch)} <= saved
 
 
+@pytest.mark.parametrize("bs", [8, 16, 64])
+def test_progress_never_goes_back(clock, bs):
+    "Also where several batches are built of the candidates of one"
+    pcts = []
+
+    class Looks(Callback):
+        order = 50
+
+        def before_batch(self):
+            if self.training:
+                pcts.append(self.pct_train)
+
+    fit(clock, lambda learn: learn.selective_backprop(beta=1, score="model", bs=bs, end=1.0), [Looks()], epochs=3)
+    assert pcts == sorted(pcts) and pcts[-1] <= 1 and len(pcts) > 3 * N // (2 * bs)
+
+
 def test_who_ends_earlier_ends_earlier(clock):
     learn, rows = fit(clock, cbs=[EarlyStoppingCallback(monitor="valid_loss", min_delta=1e9, patience=2)], epochs=9)
     assert len(learn.recorder.values) == 3 and rows.trained == 3 * N

@@ -1,5 +1,6 @@
 "`per_item_loss` against PyTorch's own loss of each example alone."
 
+from collections import deque
 from functools import partial
 
 import numpy as np
@@ -438,6 +439,28 @@ def test_a_loss_that_was_called_already_is_not_called_for_its_value_again():
     assert calls == ["mean", "none"] and own.item() == loss.item()
 
 
+class Signed(nn.Module):
+    "Of both signs, and with elements that are passed over"
+
+    reduction, ignore_index = "mean", 255
+
+    def forward(self, p, t):
+        l = torch.where(t == 255, 0.0, p * (2.0 * t - 1))
+        return l.sum() / (t != 255).sum() if self.reduction == "mean" else l
+
+
+def test_where_losses_cancel_out_ignored_elements_do_not_count():
+    "Then the loss's own value does not tell what it was divided by"
+    t = torch.tensor([[0, 1, 255, 255], [1, 1, 255, 0], [0, 0, 1, 255]])
+    p, w = torch.ones(3, 4, requires_grad=True), torch.tensor([1.0, 2.0, 0.5])
+    got, own = weighted_loss(Signed(), p, t, w=w)
+    assert own.item() == 0
+    each = np.where(t == 255, 0, 2.0 * t.numpy() - 1)
+    np.testing.assert_allclose(got.item(), (w.numpy() * each.sum(1)).sum() / 8, rtol=1e-6)
+    got.backward()
+    np.testing.assert_allclose(p.grad, w.numpy()[:, None] * each / 8, rtol=1e-6)
+
+
 def test_weights_of_a_loss_with_per_item():
     def mine(p, t):
         return 3 * (p - t).abs().sum(1).mean()
@@ -574,6 +597,76 @@ def test_which_examples_have_a_target():
         (nn.CrossEntropyLoss(), "ab"),
     ):
         assert has_target(lf, y) is None
+
+
+class Running(nn.Module):
+    "Divides by a running mean of itself, and counts in every way that is usual"
+
+    reduction = "mean"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+        self.bound = torch.ones(1)  # a tensor that is no buffer
+        self.scale = nn.Parameter(torch.ones(()))  # one that learns
+        self.inner = nn.BatchNorm1d(1, affine=False)
+        self.calls, self.seen, self.last, self.kept = 0, [], deque(maxlen=2), {}
+
+    def forward(self, pred, y):
+        l = F.cross_entropy(pred, y, reduction="none")
+        self.mean.mul_(0.9).add_(0.1 * l.detach().mean())
+        self.bound += 1
+        self.inner(l[:, None].detach())
+        self.calls += 1
+        self.seen.append(len(l))
+        self.last.append(self.calls)
+        self.kept[self.calls] = len(l)
+        l = l * self.scale / self.mean
+        return l.mean() if self.reduction == "mean" else l
+
+
+def state_of(loss):
+    own = loss.calls, list(loss.seen), list(loss.last), dict(loss.kept), loss.bound.clone()
+    return own, {k: v.clone() for k, v in loss.state_dict().items()}
+
+
+def test_a_loss_with_a_state_of_its_own_keeps_it():
+    "Its buffers are the same tensors as before, and a gradient still goes through it"
+    loss, pred, y = Running(), torch.randn(8, 3, requires_grad=True), torch.randint(0, 3, (8,))
+    loss(pred, y)
+    before, buffers = state_of(loss), [id(o) for o in loss.buffers()]
+    assert per_item_loss(loss, pred, y).shape == (8,) and same_state(state_of(loss), before)
+    assert [id(o) for o in loss.buffers()] == buffers
+    own = loss(pred, y)
+    before = state_of(loss)
+    l, value = weighted_loss(loss, pred, y, w=torch.ones(8), loss=own)
+    torch.testing.assert_close(l, own)
+    l.backward()
+    assert same_state(state_of(loss), before) and pred.grad.abs().sum() > 0 and loss.scale.grad is not None
+
+
+def same_state(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+def test_its_state_comes_back_by_an_exception_too():
+    class Fails(Running):
+        def forward(self, pred, y):
+            super().forward(pred, y)
+            if self.reduction == "none":
+                raise RuntimeError("on purpose")
+
+    loss = Fails()
+    before = state_of(loss)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        per_item_loss(loss, torch.randn(8, 3), torch.randint(0, 3, (8,)))
+    assert same_state(state_of(loss), before) and loss.reduction == "mean"
 
 
 # loss and doubt at once -----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 "Remembered losses: stale, cached and two-stage scores, InfoBatch. What is dropped is not loaded, and all comes back."
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -252,13 +254,15 @@ def test_cancelled_fits_put_all_back():
 
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_weights_are_not_for_mixtures(mix):
-    for kw in (
-        dict(score="cached", rescale="inverse"),
-        dict(rescale="sum"),
-        dict(score="cached", selector=InfoBatch()),
+    name = mix.__name__
+    for kw, who, what in (
+        (dict(score="cached", rescale="inverse"), "rescale='inverse'", "leave rescale='mean'"),
+        (dict(rescale="sum"), "rescale='sum'", "leave rescale='mean'"),
+        (dict(score="cached", selector=InfoBatch()), "InfoBatch(r=0.5)", "choose by selector=TopK(.5)"),
     ):
         learn = digits_learner(cbs=mix()).selective_backprop(**fresh(**kw))
-        with pytest.raises(ValueError, match=f"{mix.__name__} mixes them: use rescale='mean'"):
+        says = f"{who} weighs the loss of each example, and {name} mixes them: {what}, or train without {name}."
+        with pytest.raises(ValueError, match=re.escape(says)):
             quiet_fit(learn, 1)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import NoisyRows, digits, digits_learner, digits_model, quiet_fit
+from common import NoisyRows, Spy, digits, digits_learner, digits_model, own_methods, quiet_fit
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.callback.core import (
     Callback,
@@ -19,13 +19,14 @@ from fastai.callback.core import (
 )
 from fastai.callback.data import PartialDL
 from fastai.callback.hook import ActivationStats
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from torch import nn
 
 from fastsb.callback import SelectiveBackpropCallback
-from fastsb.select import Uncertainty
+from fastsb.select import TopK, Uncertainty
 
 MODES = {
     "default": {},
@@ -35,19 +36,6 @@ MODES = {
     "two_stage": dict(beta=1, score="two_stage"),
 }
 modes = pytest.mark.parametrize("kw", MODES.values(), ids=MODES)
-
-
-def own_methods(learn):
-    "What stands in the place of the learner's methods and of its loader's, and what it shows"
-    names = ("_with_events", "one_batch", "_call_one", "all_batches")
-    dl = learn.dls.train
-    return (
-        {k: vars(learn).get(k) for k in names},
-        [k for k in ("do_item", "do_batch", "new", "get_idxs") if k in vars(dl)],
-        (dl.n, dl.bs, dl.drop_last),
-        [m.name for m in learn.metrics],
-        getattr(learn.loss_func, "reduction", None),
-    )
 
 
 # doubt that is none
@@ -131,6 +119,46 @@ def test_weights_do_not_change_the_scale_of_the_gradient(reduction):
     quiet_fit(learn, 4, lr=1e-4)
     means = [np.mean(v) for _, v in sorted(norms.items())]
     assert learn.sb.log.selected[1] < 1 and max(means) / min(means) < 2.5
+
+
+class RunningMean(nn.Module):
+    "A loss with a state of its own, which each call changes"
+
+    reduction = "mean"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+        self.calls = 0
+
+    def forward(self, pred, y):
+        l = nn.functional.cross_entropy(pred, y, reduction="none")
+        self.calls += 1
+        self.mean.mul_(0.9).add_(0.1 * l.detach().mean())
+        return l.mean() / self.mean if self.reduction == "mean" else l / self.mean
+
+
+@pytest.mark.parametrize("how", ["beta=0", "beta=1", "doubt", "infobatch", "model", "stale", "filter"])
+def test_a_loss_with_a_state_is_called_as_often_as_without(how):
+    "Where losses of examples are wanted too, it has the state afterwards that it had before"
+    hows = dict(
+        infobatch=lambda learn: learn.infobatch(),
+        filter=lambda learn: learn.batch_loss_filter(),
+        doubt=lambda learn: learn.selective_backprop(selector=Uncertainty(0.5, like=nn.CrossEntropyLoss())),
+        model=lambda learn: learn.selective_backprop(beta=1, score="model"),
+        stale=lambda learn: learn.selective_backprop(beta=1, stale=2),
+    )
+    by_beta = lambda learn: learn.selective_backprop(beta=int(how[-1]))
+    loss = RunningMean()
+    learn = hows.get(how, by_beta)(digits_learner(loss_func=loss, noise=0, p=0))
+    quiet_fit(learn, 4)
+    validated = 4 * len(learn.dls.valid)
+    assert loss.calls == len(learn.recorder.losses) + validated
+    assert (learn.sb.log if how != "filter" else learn.blf.log).selected[1] < 1 or how == "beta=0"
+    if how == "beta=0":
+        plain = RunningMean()
+        quiet_fit(digits_learner(loss_func=plain, noise=0, p=0), 4)
+        assert loss.mean == plain.mean and loss.calls == plain.calls
 
 
 # loaders
@@ -353,6 +381,39 @@ def test_others_see_only_batches_that_are_trained_on(kw):
 def test_hyper_parameters_stay_in_step_where_epochs_are_cut_short(kw):
     learn = quiet_fit(digits_learner(cbs=ShortEpochCallback(0.5)).selective_backprop(**kw), 4)
     np.testing.assert_allclose(learn.recorder.hps["lr"], learn.recorder.lrs)
+
+
+@modes
+def test_a_graph_shows_the_validation_where_it_was(kw, monkeypatch):
+    "Among the batches that were trained on"
+    monkeypatch.setattr(ShowGraphCallback, "after_epoch", lambda self: None)  # nothing is drawn here
+    learn = digits_learner(cbs=ShowGraphCallback()).selective_backprop(**kw)
+    ends = []
+
+    class Ends(Callback):
+        def after_train(self):
+            ends.append(len(self.recorder.losses))
+
+    with learn.no_logging():
+        learn.fit_one_cycle(4, 1e-2, cbs=Ends())
+    assert learn.show_graph.nb_batches == ends and ends[-1] == len(learn.recorder.losses) < 80
+
+
+@pytest.mark.parametrize("bs", [8, 16, 64])
+def test_progress_is_of_candidates_whatever_batches_are_built_of_them(bs):
+    spy = Spy()
+    learn = digits_learner(cbs=spy, drop_last=False, n=650).selective_backprop(beta=1, score="model", bs=bs, end=1.0)
+    quiet_fit(learn, 4)
+    assert learn.pct_train == pytest.approx(1) and len(set(spy.pcts)) == len(spy.pcts) == spy.steps
+    assert spy.pcts == sorted(spy.pcts) and spy.pcts[-1] < 1
+    gaps = np.diff(spy.pcts) * 4 * 21
+    np.testing.assert_allclose(np.median(gaps[8:]), bs / 16, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kw", [dict(momentum=1.0), dict(pool=0.0), dict(pool=0), dict(beta=1, selector=TopK(0.5))])
+def test_settings_are_checked_at_the_call(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))):
+        SelectiveBackpropCallback(**kw)
 
 
 # what is no fit
