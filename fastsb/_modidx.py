@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastsb.advice._advice': ('advice.html#_advice', 'fastsb/advice.py'),
                                'fastsb.advice._as_it_was': ('advice.html#_as_it_was', 'fastsb/advice.py'),
                                'fastsb.advice._no': ('advice.html#_no', 'fastsb/advice.py'),
+                               'fastsb.advice._range': ('advice.html#_range', 'fastsb/advice.py'),
                                'fastsb.advice._refusal': ('advice.html#_refusal', 'fastsb/advice.py'),
                                'fastsb.advice._row': ('advice.html#_row', 'fastsb/advice.py'),
                                'fastsb.advice.expected_share': ('advice.html#expected_share', 'fastsb/advice.py')},
