@@ -35,8 +35,10 @@ def look(
 
 # %% ../../nbs/bench/17_pictures.ipynb #d7c3f325
 def _around(values, share=.25, least=.2):
-    "Limits of an axis that show all values"
-    low,high = np.min(values),np.max(values)
+    "Limits of an axis that show all values, (mean, half of the interval), and intervals no wider than their range"
+    mean,half = np.nan_to_num(np.array(values)).T
+    half = np.where(half <= np.ptp(mean), half, 0.)
+    low,high = (mean-half).min(),(mean+half).max()
     room = max(share*(high-low), least*(high-low or 1))
     return low-room,high+room
 
@@ -63,7 +65,7 @@ def plot_equal_time(
     methods = _methods_to_draw(df) if methods is None else methods
     names = sorted(m for m in df.method.unique() if m in methods)
     if 'plain' in names: names = ['plain', *(m for m in names if m != 'plain')]
-    times,means,single = 100 if what == 'accuracy' else 1,[],False
+    times,values,single = 100 if what == 'accuracy' else 1,[],False
     for i,m in enumerate(names):
         rows = [(b, *t_interval(times*g[what])) for b,g in df[df.method == m].groupby('budget')]
         b,mean,half = (np.array(o, dtype=float) for o in zip(*rows))
@@ -71,8 +73,8 @@ def plot_equal_time(
         style,one = look(m),np.isnan(half)
         ax.errorbar(x, mean, np.nan_to_num(half), label=m, ms=5, capsize=2, lw=2 if m == 'plain' else 1.3, **style)
         ax.plot(x[one], mean[one], ls='', ms=5, mfc='white', zorder=5, **style)
-        means,single = [*means, *mean],single or one.any()
-    ax.set(xscale='log', xlabel='budget, in epochs of plain training', title=setting, ylim=_around(means),
+        values,single = [*values, *zip(mean, half)],single or one.any()
+    ax.set(xscale='log', xlabel='budget, in epochs of plain training', title=setting, ylim=_around(values),
            ylabel='accuracy on the test set, %' if what == 'accuracy' else 'loss on the test set')
     ticks = sorted(df[df.method.isin(names)].budget.unique())
     ax.set_xticks(ticks, [f'{b:g}' for b in ticks])
@@ -144,7 +146,7 @@ def plot_noise(
             means.append(mean)
     ax.axhline(0, color='black', lw=.8)
     ax.set_xticks(range(len(kinds)), [l.replace('y_train_', '').replace('_label', ' (people)') for l in kinds])
-    ax.set(ylim=_around(means), xlabel='labels', ylabel='accuracy, points to plain training',
+    ax.set(ylim=_around([(m, 0.) for m in means]), xlabel='labels', ylabel='accuracy, points to plain training',
            title='By labels, at equal time')
     handles,_ = ax.get_legend_handles_labels()
     if single: handles.append(plt.Rectangle((0,0), 1, 1, fc='grey', ec='white', hatch='//', label='hatched: one seed'))
