@@ -86,7 +86,9 @@ def _range(low, high):
     "An interval in words; its upper end may lie above all that was tried"
     return f"{low:.2f} ... {high:.2f}" if math.isfinite(high) else f"{low:.2f} or more"
 
-def _row(m): return f"  {m['data']}, {m['epochs']} epochs: {m['share']:.2f} ({_range(*m['interval'])}), {m['kept']:.0%} kept"
+def _row(m):
+    share = f"{m['share']:.2f} ({_range(*m['interval'])})"
+    return f"  {m['data']}, {m['epochs']} epochs: {share}, {m['kept']:.0%} kept"
 
 class Advice:
     "What two epochs have shown, and what is to be expected"
