@@ -118,6 +118,7 @@ CALLS = [
         ("cbs=MixUp()).infobatch()", "InfoBatch(r=0.5) weighs the loss of each example, and MixUp mixes"),
         ("cbs=MixUp()).selective_backprop(rescale='sum')", "rescale='sum' weighs the loss of each example, and MixUp"),
         (").selective_backprop(selector=ReducibleLoss(torch.rand(9)))", "irreducible holds the losses of 9 items"),
+        (").selective_backprop(selector=ReducibleLoss(torch.rand(9)), score='model')", "irreducible holds the losses"),
         (").selective_backprop(selector=Uncertainty(.5, like=nn.BCEWithLogitsLoss()), score=lambda m, b: b[0][:, 0])",
          "these scores come without predictions"),
         (").selective_backprop(beta=1, score=Scorer(size=.5))", "size=0.5"),

@@ -346,3 +346,17 @@ def test_python_and_numpy_draws_of_a_loop_go_on():
     got = random.random(), np.random.rand(), torch.rand(1).item()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     assert got == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_what_waits_at_the_end_of_an_epoch_is_trained_in_the_next():
+    "Each row that was kept comes once, in the order in which it was kept"
+    x, y = torch.arange(300.0)[:, None], torch.zeros(300, dtype=torch.long)
+    data = [(x[i : i + 30], y[i : i + 30]) for i in range(0, 150, 30)]
+    score = lambda m, b: b[0][:, 0]  # the last 15 of each 30 rows are kept
+    sb = SelectiveBackprop(nn.Linear(1, 2), nn.CrossEntropyLoss(), 32, start=0, selector=TopK(0.5), score=score)
+    kept = [float(i) for i in range(150) if i % 30 >= 15]
+    got = []
+    for epoch in range(3):
+        got += [v for xb, _ in sb.batches(data) for v in xb[:, 0].tolist()]
+        want = kept * (epoch + 1)
+        assert got == want[: len(want) // 32 * 32] and sb.log[-1]["left"] == len(want) % 32
