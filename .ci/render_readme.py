@@ -47,7 +47,7 @@ def render(notebook: Path = ROOT / "nbs/index.ipynb") -> dict[Path, bytes]:
     # nbconvert names a picture by the number of its cell
     text = re.sub(r"!\[png\](?=\(\S*index_(\d+)_\d+\.png\))", lambda m: f"![{shows[int(m[1])]}]", text)
     text = re.sub(r"\]\((images|results)/", r"](nbs/\1/", text)  # paths are relative to nbs/ in the notebook
-    text = re.sub(r"\]\(((?:bench/)?[\w.-]+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\(((?:bench/|tutorials/)?[\w.-]+\.ipynb)", r"](nbs/\1", text)
     text = text.replace("](../", "](")
     pictures = {ROOT / k: v for k, v in res["outputs"].items()}
     return {ROOT / "README.md": without_runs_of_blank_lines(text).encode(), **pictures}

@@ -116,7 +116,7 @@ def test_committed_result():
 @pytest.mark.parametrize(
     "args,says",
     [
-        ([], "a command is missing; choose from cache"),
+        ([], "a command is missing; choose from advice, beyond, cache"),
         (["speed"], "no command 'speed'"),
         (["overhead", "--fast"], "--fast"),
         (["overhead", "extra"], "extra"),

@@ -85,7 +85,7 @@ def test_npz_faults(tmp_path, change, words):
 
 def test_file_faults(tmp_path):
     with pytest.raises(FileNotFoundError, match='none.npz'): load_arrays(data=tmp_path/'none.npz')
-    with pytest.raises(FileNotFoundError, match='no such file'): load_arrays(data=tmp_path)
+    with pytest.raises(ValueError, match='subfolders of images are needed'): load_arrays(data=tmp_path)
     (tmp_path/'t.npz').write_text('not a zip')
     with pytest.raises(ValueError, match=r't.npz: not an .npz'): load_arrays(data=tmp_path/'t.npz')
     np.save(tmp_path/'one.npy', np.zeros(3))

@@ -64,7 +64,7 @@ def _tabular(df, target, bs, device):
         device=device)
     return tabular_learner(dls, layers=[200,100], metrics=accuracy, loss_func=CrossEntropyLossFlat())
 
-def _texts(df, target, text, bs, device):
+def _texts(text, df, target, bs, device):
     "A learner for texts, whose words are set apart by spaces"
     dls = TextDataLoaders.from_df(df, text_col=text, label_col=target, valid_col='is_valid', bs=bs, device=device,
                                   tok=BaseTokenizer())
@@ -74,7 +74,8 @@ def _texts(df, target, text, bs, device):
 def _fit(df, method, seed, o, text, device):
     "A row of the result"
     set_seed(seed)
-    learn = _tabular(df, o['target'], o['bs'], device) if text is None else _texts(df, o['target'], text, o['bs'], device)
+    common = df,o['target'],o['bs'],device
+    learn = _tabular(*common) if text is None else _texts(text, *common)
     if (kw := beyond_methods[method]()) is not None: learn.selective_backprop(**kw)
     with learn.no_bar(), learn.no_logging(): learn.fit_for(o['epochs'], o['lr'])
     loss,acc = learn.recorder.values[-1][1:3]
