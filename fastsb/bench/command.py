@@ -161,7 +161,8 @@ def _tell(message):
     print(f"fastsb.bench: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-command_rooms = 'overhead epoch files beyond cache peers agreement gpu runs advice mislabelled report regression'.split() # of this package
+command_rooms = ( # of this package
+    'overhead epoch files beyond cache peers agreement gpu runs advice mislabelled report regression').split()
 
 def main(
     argv:list|None=None, # The command's name and its options; None: those of the command line
