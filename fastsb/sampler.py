@@ -130,7 +130,7 @@ class SelectiveSampler(Sampler):
         loss_func=None, # The training's, to read losses and doubts off predictions; None: `observe` is given losses
         epochs:int|None=None, # How many the fit has; needed where `start` or `end` is a share of it
         start:int|float=.1, # When selection begins: an int is epochs, a float a fraction of the fit
-        end:int|float|None=.9, # When everything is trained on again: the same; None: never
+        end:int|float|None=.9, # When all is trained on again; None: never, which suits `BatchNorm1d` better
         bs:int|None=None, # Rows of the loader's batches, so that no small last one is made; None: it is not known
         drop_last:bool=False, # Does the loader leave out a last batch that is not full? Then an epoch has one at least
         max_age:int=5, # Items that were not trained on for so many epochs come back
