@@ -146,8 +146,8 @@ class SelectiveBackpropCallback(Guest):
         self.record.clock.start('loading')
 
     def _hold_statistics(self):
-        """In the last stretch BatchNorm over rows goes on with the statistics of what was selected: the weights have come
-        to go with them, and the learning rate is too low to get used to others"""
+        """In the last stretch BatchNorm over rows goes on with the statistics of what was selected: the weights have
+        come to go with them, and the learning rate is too low to get used to others"""
         if self._held or not any(r['bp'] < r['candidates'] for r in self._of_this_fit()): return
         self._held = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
         for m in self._held: m.eval()
