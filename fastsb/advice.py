@@ -157,7 +157,9 @@ def _advice(learn, epochs, lr, batches):
     kept = len(DoubtAbove().select(doubt.float()).idx)/len(doubt)
     item_s = (log.training_s+log.loading_s)/log.bp
     near,share,(low,high) = expected_share(kept, epochs)
+    there = next(m['kept'] for m in measured if m['data'] == near)
     alike = f"as on {near}, whose doubt is spread most alike"
+    if abs(there-kept) > .15: alike += f", though {there:.0%} were kept there: a guess"
     expected = (f"for the accuracy of {epochs:g} plain epochs expect about {share:.2f} of their time "
                 f"({_range(low, high)}), {alike}")
     if high >= 1: why = f"{expected}; that may be no gain at all."
