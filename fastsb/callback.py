@@ -11,7 +11,6 @@ from functools import partial
 
 import pandas as pd
 import torch
-from torch import nn
 from fastai.callback.core import event
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
@@ -20,7 +19,7 @@ from fastai.torch_core import find_bs, rank_distrib
 from fastcore.meta import delegates
 
 from .forward import PreparedForward
-from .guest import Guest
+from .guest import Guest, HeldStatistics
 from .loaders import ItemTracker, inner_loader, item_count, shortened
 from .losses import doubt_problem, weighted_loss
 from .memory import onto
@@ -57,9 +56,10 @@ class SelectiveBackpropCallback(Guest):
     # after TrainEvalCallback; before MixUp and CutMix, which mix what was selected, and before autocast is entered
     order,run_valid,name = -5,False,'sb'
     # what an export leaves out
-    _stateattrs = (*Guest._stateattrs, *('engine sampler record plan _tracker _short _one _forward _dl _dataset _rows '
-                                        '_own_yb _rng _set').split())
-    engine = sampler = record = _tracker = _short = _one = _forward = _dl = _dataset = _rows = _own_yb = _rng = None
+    _stateattrs = (*Guest._stateattrs, *('engine sampler record plan _tracker _short _held _one _forward _dl _dataset '
+                                        '_rows _own_yb _rng _set').split())
+    engine = sampler = record = _tracker = _short = _held = _one = None
+    _forward = _dl = _dataset = _rows = _own_yb = _rng = None
     plan = 'now'
     _set = _resumed = _said = False
     @delegates(Way.__init__)
@@ -140,7 +140,7 @@ class SelectiveBackpropCallback(Guest):
         self.record.epoch = self.learn.epoch
         self._follow()
         if self._rng is not None: self._draw_on()
-        self.plan,self._held = 'now' if self.sampler is None else self._plan_epoch(),[]
+        self.plan,self._held = 'now' if self.sampler is None else self._plan_epoch(),None
         if self.plan == 'whole' and not self.window.selects(self.epoch, self.pct_train, self.n_epoch):
             self._hold_statistics()
         self.record.clock.start('loading')
@@ -148,9 +148,8 @@ class SelectiveBackpropCallback(Guest):
     def _hold_statistics(self):
         """In the last stretch BatchNorm over rows goes on with the statistics of what was selected: the weights have
         come to go with them, and the learning rate is too low to get used to others"""
-        if self._held or not any(r['bp'] < r['candidates'] for r in self._of_this_fit()): return
-        self._held = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-        for m in self._held: m.eval()
+        left_out = any(r['bp'] < r['candidates'] for r in self._of_this_fit())
+        if self._held is None and left_out: self._held = self.alter(HeldStatistics(self.model))
 
     def _draw_on(self):
         "Draw from where the saved fit stood. A loader makes an item when it is asked for `n_inp`: that comes first"
@@ -298,13 +297,13 @@ class SelectiveBackpropCallback(Guest):
 
     def after_train(self):
         "End the epoch's record"
-        for m in self._held: m.train()
         if self.sampler is not None and self.plan == 'sample': self.sampler.note_remembered()
         self._end_epoch()
 
     def _end_epoch(self):
-        if self._short is not None: self._short.stop()
-        self._short = None
+        for altered in (self._short,self._held):
+            if altered is not None: altered.stop()
+        self._short = self._held = None
         self.record.end_epoch(0 if self.engine is None else len(self.engine.buffer), self.selector)
 
     def after_epoch(self):

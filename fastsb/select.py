@@ -827,7 +827,8 @@ class DoubtAbove(ByDoubt):
         like=None, # For a loss of your own: a known one that takes such predictions, such as `nn.CrossEntropyLoss()`
         seed:int|None=None, # For the draws of who comes back; not needed to choose
     ):
-        check_number('part', part); check_number('floor', floor, high=1.)
+        check_number('part', part)
+        check_number('floor', floor, high=1.)
         super().__init__(False, seed)
         self.part,self.floor,self.like = float(part),float(floor),_check_like(like)
         if part == 0 or floor == 1: self.keep = 1.

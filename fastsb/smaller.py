@@ -6,18 +6,16 @@
 __all__ = ['smaller', 'SmallerFirst']
 
 # %% ../nbs/15_smaller.ipynb #f486b16f
-import fastai.callback.schedule # noqa: F401 (`fit_one_cycle`)
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 
-from .check import check_choice, check_positive
+from .check import check_choice, check_int, check_positive
 from .fit_for import TimeBudget
 from .guest import Guest
-from .score import scoring
+from .score import resized, scoring
 
 # %% ../nbs/15_smaller.ipynb #b72da1c8
 def smaller(
@@ -27,9 +25,9 @@ def smaller(
     rng:np.random.Generator|None=None, # Where to crop is drawn from it; None: the middle
 ) -> Tensor: # (B, C, round(size*H), round(size*W))
     "Images that are cropped or resized, all of a batch in the same way"
+    if size == 1: return x
+    if how == 'resize': return resized(x, size)
     h,w = (max(1, round(size*side)) for side in x.shape[-2:])
-    if (h,w) == tuple(x.shape[-2:]): return x
-    if how == 'resize': return F.interpolate(x, (h,w), mode='bilinear', antialias=True)
     top,left = ((full-part)//2 if rng is None else int(rng.integers(full-part+1))
                 for full,part in zip(x.shape[-2:], (h,w)))
     return x[..., top:top+h, left:left+w]
@@ -44,7 +42,7 @@ class SmallerFirst(Guest):
     now = 1. # the part of each side that is trained on at the moment
 
     def __init__(self,
-        size:float|tuple=.75, # Of each side of the images, in (0,1); a tuple has one for each stage
+        size:float|tuple=.75, # Of each side of the images, in (0,1]; a tuple has one for each stage
         until:float|tuple=.6, # The share of the fit at which the stage ends, in (0,1]; a tuple has one for each stage
         how:str='crop', # 'crop' each batch at a random place, or 'resize' it
         seed:int=0, # Decides where batches are cropped
@@ -56,6 +54,7 @@ class SmallerFirst(Guest):
             raise ValueError(f"size={size!r} and until={until!r} must have one number for each stage, and the shares "
                              "of the fit at which stages end must rise.")
         check_choice('how', how, ('crop','resize'))
+        check_int('seed', seed, 0)
         self.how,self.seed = how,seed
 
     def at(self,
@@ -109,7 +108,7 @@ def _shape(pred):
 
 @patch
 def smaller_first(self:Learner,
-    size:float|tuple=.75, # Of each side of the images, in (0,1); a tuple has one for each stage
+    size:float|tuple=.75, # Of each side of the images, in (0,1]; a tuple has one for each stage
     until:float|tuple=.6, # The share of the fit at which the stage ends, in (0,1]; a tuple has one for each stage
     how:str='crop', # 'crop' each batch at a random place, or 'resize' it
     seed:int=0, # Decides where batches are cropped

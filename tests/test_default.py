@@ -441,3 +441,19 @@ def test_in_the_last_stretch_statistics_of_rows_stay_as_they_are(kw):
         lambda: digits_learner(cbs=Norms()),
     ):
         assert quiet_fit(change(), 10, 0.05).norms.rows == [moves] * 10
+
+
+def test_statistics_are_not_held_beyond_a_fit_that_fails():
+    "An error in the last stretch: the norms train again, as they would have without fastsb"
+
+    class Fails(Callback):
+        def before_backward(self):
+            if self.epoch == 9 and self.iter == 3:
+                norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d)]
+                self.learn.was_held = not any(m.training for m in norms)
+                raise OSError("no power")
+
+    learn = digits_learner(cbs=Fails()).selective_backprop()
+    with pytest.raises(OSError, match="no power"):
+        quiet_fit(learn, 10, 0.05)
+    assert learn.was_held and all(m.training for m in learn.model.modules())

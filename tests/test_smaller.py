@@ -159,6 +159,7 @@ def test_what_is_no_image_is_refused():
         (dict(size=(0.5, 0.75)), "one number for each stage"),
         (dict(size=(0.5, 0.75), until=(0.6, 0.3)), "must rise"),
         (dict(how="pad"), "how='pad' must be one of"),
+        (dict(seed=-1), "seed=-1 must be"),
     ],
 )
 def test_wrong_settings(how, says):

@@ -7,6 +7,7 @@ __all__ = ['chooser', 'account', 'Budget', 'evaluate', 'Curve', 'fit_cycle', 'fi
 
 # %% ../../nbs/bench/11_budget.ipynb #e9241e13
 import time
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class Budget(Limit):
         super().before_fit()
         if not self.run: return
         before = no_counts() if self.before is None else self.before
-        self.counts = dict(before, scorer=self._priced(), steps=dict(before['steps']))
+        self.counts = dict(deepcopy(before), scorer=self._priced())
         for size in (size for cb in self.learn.cbs if isinstance(cb, SmallerFirst) for size in cb.sizes):
             if f'{size:g}' in self.costs.get('small', {}): continue
             raise ValueError(f"costs: they hold no price of images of size {size:g}; ask measure_costs for it.")
