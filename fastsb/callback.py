@@ -23,7 +23,7 @@ from .guest import Guest, HeldStatistics
 from .loaders import ItemTracker, inner_loader, item_count, shortened
 from .losses import doubt_problem, weighted_loss
 from .memory import onto
-from .record import Record, log_columns
+from .record import Record, log_columns, seconds_columns
 from .resume import load_plain, random_state, save_whole, set_random_state
 from .select import TopK, Uncertainty
 from .way import Way
@@ -57,9 +57,9 @@ class SelectiveBackpropCallback(Guest):
     order,run_valid,name = -5,False,'sb'
     # what an export leaves out
     _stateattrs = (*Guest._stateattrs, *('engine sampler record plan _tracker _short _held _one _forward _dl _dataset '
-                                        '_rows _own_yb _rng _set').split())
+                                        '_rows _own_yb _rng _set _device').split())
     engine = sampler = record = _tracker = _short = _held = _one = None
-    _forward = _dl = _dataset = _rows = _own_yb = _rng = None
+    _forward = _dl = _dataset = _rows = _own_yb = _rng = _device = None
     plan = 'now'
     _set = _resumed = _said = False
     @delegates(Way.__init__)
@@ -127,7 +127,7 @@ class SelectiveBackpropCallback(Guest):
         "`selected` in the progress table; where a callback keeps what stands there, what it holds and cost as well"
         logged = any(c.__name__ in loggers for cb in self.learn.cbs for c in type(cb).__mro__)
         columns = dict(selected=['selected'])
-        if logged: columns |= {f'{self.held_of}_held': ['held'], 'seconds': ['loading_s','scoring_s','training_s']}
+        if logged: columns |= {f'{self.held_of}_held': ['held'], 'seconds': seconds_columns}
         self.show(*(ValueMetric(partial(self._of_last_epoch, its), name) for name,its in columns.items()))
 
     def _of_last_epoch(self, columns):
@@ -138,11 +138,13 @@ class SelectiveBackpropCallback(Guest):
     def before_train(self):
         "Decide, where something is remembered, which items this epoch loads"
         self.record.epoch = self.learn.epoch
+        for stretch in ('epoch','choosing'): self.record.clock.start(stretch)
         self._follow()
         if self._rng is not None: self._draw_on()
         self.plan,self._held = 'now' if self.sampler is None else self._plan_epoch(),None
         if self.plan == 'whole' and not self.window.selects(self.epoch, self.pct_train, self.n_epoch):
             self._hold_statistics()
+        self.record.clock.stop('choosing')
         self.record.clock.start('loading')
 
     def _hold_statistics(self):
@@ -247,10 +249,12 @@ class SelectiveBackpropCallback(Guest):
         if self.engine is None and self._tracker is not None: self._rows = self._tracker.take()
         self._own_yb = self.yb
         self._began |= self.plan == 'sample'
-        self.record.clock.start('training', next((p.device for p in self.model.parameters()), None))
+        self._device = next((p.device for p in self.model.parameters()), None)
+        for stretch in ('training','forward'): self.record.clock.start(stretch, self._device)
 
     def after_loss(self):
         "Weigh the loss, if there are weights. Remember what training has shown of these items"
+        self.record.clock.stop('forward')
         if not self._looked: self._look()
         e,s,n = self.engine,self.sampler,find_bs(self.yb)
         loss = self._weigh()
@@ -260,6 +264,7 @@ class SelectiveBackpropCallback(Guest):
             s.observe(self._rows, pred=self.pred, yb=self._own_yb, loss=loss, sure=self._sure(), count=e is None)
         if e is None and s is None: self.record.offered(n, bp=n, at=self.epoch + self.iter/self.n_iter)
         if e is not None or s is None: self.record.trained(loss, n)
+        self.record.clock.start('backward', self._device)
 
     def _look(self):
         "By default, train on everything if the first predictions turn out to be none that doubt can be read from"
@@ -292,7 +297,7 @@ class SelectiveBackpropCallback(Guest):
         return torch.as_tensor(mix[0].lam).reshape(-1) >= .5 if mix else True
 
     def after_batch(self):
-        self.record.clock.stop('training')
+        for stretch in ('backward','training'): self.record.clock.stop(stretch)
         self.record.clock.start('loading')
 
     def after_train(self):
@@ -304,6 +309,7 @@ class SelectiveBackpropCallback(Guest):
         for altered in (self._short,self._held):
             if altered is not None: altered.stop()
         self._short = self._held = None
+        self.record.clock.stop('epoch')
         self.record.end_epoch(0 if self.engine is None else len(self.engine.buffer), self.selector)
 
     def after_epoch(self):
@@ -361,7 +367,9 @@ class SelectiveBackpropCallback(Guest):
         highest fifth of each batch of candidates holds), loads (items loaded), score_age (mean age of the scores used,
         in epochs), loading_s (the host's seconds between batches. On a GPU that is not what loading takes: fastai waits
         there for what it has queued, so the device's own training time is among them), held (share of all the loss or
-        doubt, whichever decided, that what was chosen holds), oldest (highest age of the scores used, in epochs)"""
+        doubt, whichever decided, that what was chosen holds), oldest (highest age of the scores used, in epochs),
+        selecting_s (choosing, without the scoring pass), forward_s and backward_s (parts of training_s; what is left of
+        it is remembering and weighing), other_s (the rest of the training part of the epoch)"""
         return pd.DataFrame(self.record.log if self.record is not None else [], columns=log_columns)
 
     # killed and resumed

@@ -360,6 +360,7 @@ class SelectiveBackprop:
         Returns what is ready to be trained on: no batch, one, or several"""
         n = n_rows(batch)
         if not n: return []
+        self.clock.start('choosing', self.device)
         if not self.checked: self.check_first(batch)
         if self.batching == 'accumulate': self.buffer.check(batch, '[0]' if self.weighted else '')
         never,since = self.selector.keep == 1,self._since
@@ -379,7 +380,9 @@ class SelectiveBackprop:
         self._since = since
         bp = sum(n_rows(b) for b,_ in ready)
         self.record.offered(n, fp=fp, bp=bp, share=share, at=self.epoch+self.done)
-        return ready if never else self._offered(ready)
+        if not never: ready = self._offered(ready)
+        self.clock.stop('choosing')
+        return ready
 
     def _judged(self, losses, pred, yb, items, kept):
         "Keep the scores of the candidates, if somebody wants them"
@@ -446,6 +449,7 @@ class SelectiveBackprop:
         self._know_items(dl, items)
         device = self.device
         move = lambda t: t.to(device, non_blocking=device.type != 'cpu')
+        self.clock.start('epoch')
         try:
             for done,batch in self._loaded(dl):
                 self.done = done
@@ -458,6 +462,7 @@ class SelectiveBackprop:
                     self.clock.stop('training')
         finally:
             self.weights = self._row_items = None
+            self.clock.stop('epoch')
             self.end_epoch()
 
     # go on

@@ -172,20 +172,25 @@ class ShowSelected(Callback):
         else: self.handle.update(figure)
 
 # %% ../nbs/20_plot.ipynb #568aefc9
-_parts = dict(loading=_green, scoring=_orange, training=_blue, other=_grey)
+_parts = dict(
+    loading=_green, scoring=_orange, selecting=_purple, forward=_sky, backward=_blue, training=_blue, other=_grey)
 
 def _seconds(log):
-    "{part: (n,) seconds of each epoch}, `other` only if the log knows how long epochs took as a whole"
+    """{part: (n,) seconds of each epoch}. Where training is known by its parts, what else it holds is remembering, and
+    counts as selecting. `other` is what is left of an epoch, with its validation where the log knows of `seconds`"""
     parts = {k: log[f'{k}_s'].to_numpy(float) for k in _parts if f'{k}_s' in log}
+    halves = [parts[k] for k in ('forward','backward') if k in parts]
+    if halves and all(h.any() for h in halves):
+        parts['selecting'] = parts.get('selecting', 0.) + (parts.pop('training')-sum(halves)).clip(0)
     if 'seconds' in log:
-        whole = np.diff(log.seconds.to_numpy(float), prepend=0.)
-        parts['other'] = (whole - sum(parts.values())).clip(0)
-    return parts
+        whole,known = np.diff(log.seconds.to_numpy(float), prepend=0.),(v for k,v in parts.items() if k != 'other')
+        parts['other'] = (whole - sum(known)).clip(0)
+    return {k: parts[k] for k in _parts if k in parts}
 
 def _said(s): return f'{s:.1f} s' if s >= 10 else f'{s:.2g} s'
 
 def plot_seconds(
-    log, # DataFrame, a row an epoch: loading_s, scoring_s, training_s, and perhaps seconds since the fit began
+    log, # DataFrame, a row an epoch, as `learn.sb.log`: loading_s ... other_s, and perhaps seconds since the fit began
     plain=None, # Such a log of a fit without selection, to stand beside it
     ax=None, # Matplotlib axes to draw on; None: new ones
 ): # The axes

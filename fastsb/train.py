@@ -99,22 +99,31 @@ class EpochReport(Callback):
 
     def before_train(self):
         self.ticks = [time.perf_counter()]
-        if self.record is not None: self.record.clock.start('loading')
+        if self.record is None: return
+        for stretch in ('epoch','loading'): self.record.clock.start(stretch)
 
     def before_batch(self):
         if not self.training or self.record is None: return
         self.record.clock.stop('loading')
-        self.record.clock.start('training', self.yb[0].device)
+        for stretch in ('training','forward'): self.record.clock.start(stretch, self.yb[0].device)
+
+    def after_loss(self):
+        if not self.training or self.record is None: return
+        self.record.clock.stop('forward')
+        self.record.clock.start('backward', self.yb[0].device)
 
     def after_batch(self):
         if self.training: self.ticks.append(time.perf_counter())
         if not self.training or self.record is None or not self.yb: return
         n,loss = len(self.yb[0]),self.loss.detach()
-        self.record.clock.stop('training')
+        for stretch in ('backward','training'): self.record.clock.stop(stretch)
         self.record.offered(n, bp=n)
         self.record.trained(loss, n)
         self.record.sum(candidate_loss=loss*n, finite=torch.full_like(loss, n))
         self.record.clock.start('loading')
+
+    def after_train(self):
+        if self.record is not None: self.record.clock.stop('epoch')
 
     def _steady(self, now):
         "Seconds of the epoch without what the first batch of a fit, or a busy moment, takes longer"

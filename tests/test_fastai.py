@@ -110,12 +110,77 @@ def test_progress_table_and_log(capsys):
         "loading_s",
         "held",
         "oldest",
+        "selecting_s",
+        "forward_s",
+        "backward_s",
+        "other_s",
     ]
     assert (
         (learn.sb.log.training_s > 0).all()
         and (learn.sb.log.scoring_s[1:] > 0).all()
         and learn.sb.log.scoring_s[0] == 0
     )
+
+
+def epochs_took(log):
+    return log.loading_s + log.scoring_s + log.selecting_s + log.training_s + log.other_s
+
+
+class TakesTime(Callback):
+    "Moves a clock by hand: 1 s for a batch to come, 7 s in the backward pass, 11 s after the last batch of an epoch"
+
+    order, run_valid = -6, False
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def before_fit(self):
+        create_batch = self.dls.train.create_batch
+        self.dls.train.create_batch = lambda b: (self.clock.passes(1), create_batch(b))[1]
+
+    def after_backward(self):
+        self.clock.passes(7)
+
+    def after_train(self):
+        self.clock.passes(11)
+
+
+class Clock:
+    now = 0.0
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+class SlowPercentile(Percentile):
+    def select(self, losses, history, **kw):
+        self.clock.passes(5)
+        return super().select(losses, history, **kw)
+
+
+def test_seconds_of_an_epoch_by_what_they_went_to(monkeypatch):
+    clock, batches = Clock(), 640 // 32
+    monkeypatch.setattr("fastsb.record.time.perf_counter", lambda: clock.now)
+    SlowPercentile.clock = clock
+    learn = digits_learner()
+    learn.selective_backprop(selector=SlowPercentile(1.0), score="model", start=1, end=1.0, batching="prune")
+    slow_forward = learn.model.register_forward_hook(lambda m, x, y: clock.passes(3 if torch.is_grad_enabled() else 2))
+    quiet_fit(learn, 3, cbs=TakesTime(clock))
+    slow_forward.remove()
+    log = learn.sb.log[1:]
+    for column, seconds in dict(
+        loading_s=1 * batches,
+        scoring_s=2 * batches,
+        selecting_s=5 * batches,
+        forward_s=3 * batches,
+        backward_s=7 * batches,
+        training_s=10 * batches,
+        other_s=11,
+    ).items():
+        np.testing.assert_allclose(log[column], seconds, err_msg=column)
+    whole = learn.sb.log.iloc[0]
+    assert whole.scoring_s == 0 and whole.forward_s == 3 * batches
+    assert whole.selecting_s == 2  # the first batch is tried: can it be scored?
 
 
 def test_progress_bar_and_csv(tmp_path):
@@ -126,7 +191,7 @@ def test_progress_bar_and_csv(tmp_path):
     log = learn.sb.log
     np.testing.assert_allclose(df.selected, log.selected)
     np.testing.assert_allclose(df.loss_held, log.held)
-    np.testing.assert_allclose(df.seconds, log.loading_s + log.scoring_s + log.training_s)
+    np.testing.assert_allclose(df.seconds, epochs_took(log))
 
 
 def test_tensorboard_gets_what_selection_did(tmp_path):
@@ -140,7 +205,7 @@ def test_tensorboard_gets_what_selection_did(tmp_path):
     log, scalar = learn.sb.log, lambda name: [e.value for e in events.Scalars(name)]
     np.testing.assert_allclose(scalar("selected"), log.selected)
     np.testing.assert_allclose(scalar("doubt_held"), log.held, rtol=1e-6)
-    np.testing.assert_allclose(scalar("seconds"), log.loading_s + log.scoring_s + log.training_s, rtol=1e-6)
+    np.testing.assert_allclose(scalar("seconds"), epochs_took(log), rtol=1e-6)
     steps = [e.step for e in events.Scalars("selected")]
     assert steps == np.cumsum(log.bp // 32).tolist() and learn.sb.counts["candidates"] == 4 * 640
     assert learn.metrics.attrgot("name") == ["accuracy"]

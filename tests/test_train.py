@@ -22,8 +22,9 @@ from fastsb.train import fastsb_train, read_lr_sched
 
 N, M = 1437, 360   # digits to train and to test on
 COLUMNS = ('epoch candidates fp bp selected candidate_loss trained_loss scoring_s training_s left top_share loads '
-           'score_age loading_s held oldest test_loss test_acc seconds steady_s').split()
-TIMES = ['scoring_s', 'training_s', 'loading_s', 'seconds', 'steady_s']
+           'score_age loading_s held oldest selecting_s forward_s backward_s other_s '
+           'test_loss test_acc seconds steady_s').split()
+TIMES = [c for c in COLUMNS if c.endswith('_s')] + ['seconds']
 
 
 def train(out, **kwargs):

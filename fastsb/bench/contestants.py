@@ -21,6 +21,7 @@ from ..data import small_resnet
 from ..score import Doubtful, Proxy, Scorer, as_scorer, model_batch
 from ..select import (
     Capped, DoubtShare, InfoBatch, LossShare, OrderedPool, Percentile, Random, ReducibleLoss, TopK, Uncertainty)
+from .levers import FlipByVisits, MeanOfLast, SecondTier
 from ..smaller import SmallerFirst
 
 # %% ../../nbs/bench/13_contestants.ipynb #8a82928d
@@ -162,7 +163,12 @@ mixtures = dict( # (method, who mixes or makes smaller the images that it trains
     plain_small    = ('plain', partial(SmallerFirst, .75, .6)),
     default_small  = ('default', partial(SmallerFirst, .75, .6)),
     plain_stages   = ('plain', partial(SmallerFirst, (.625,.8125), (.35,.7))),
-    default_stages = ('default', partial(SmallerFirst, (.625,.8125), (.35,.7))))
+    default_stages = ('default', partial(SmallerFirst, (.625,.8125), (.35,.7))),
+    plain_flips    = ('plain', FlipByVisits),
+    default_flips  = ('default', FlipByVisits),
+    default_tier   = ('default', partial(SecondTier, .5, 3)),
+    plain_mean     = ('plain', partial(MeanOfLast, .15, .05)),
+    default_mean   = ('default', partial(MeanOfLast, .15, .05)))
 methods |= {k: methods[base] for k,(base,_) in mixtures.items()}
 
 def mixers(
@@ -189,12 +195,18 @@ def method_settings(
     lr_times = kw.pop('lr_times', 1.)
     return kw,as_scorer('model' if isinstance(score, str) else score),lr_times
 
+_words = {SmallerFirst: ('size','until'), SecondTier: ('size','every'), MeanOfLast: ('last','floor')}
+
 def _mix_of(method):
     "Who mixes, in words that a file can hold"
     if method not in mixtures: return {}
     how = mixtures[method][1]
-    if how.func is SmallerFirst: return dict(smaller=dict(zip(('size','until'), how.args)))
-    return dict(mix=how.func.__name__, alpha=how.args[0])
+    if how is FlipByVisits: return dict(flips='by visits')
+    words = _words.get(how.func, ('alpha',))
+    named = dict(zip(words, how.args))
+    if how.func is SmallerFirst: return dict(smaller=named)
+    if how.func in _words: return {how.func.__name__: named}
+    return dict(mix=how.func.__name__, **named)
 
 def settings_of(
     method:str, # One of `methods`
