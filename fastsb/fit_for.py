@@ -87,8 +87,9 @@ class TimeBudget(Limit):
             raise ValueError("fit_for measures time in each process for itself, and several would not end together: "
                              "use fit_one_cycle in several processes.")
         self._began,self._validating,self._progress = time.perf_counter(),0.,0.
-        self._load,self._train,self._score = 0.,1.,1/3 # prices of an item, until they are known
-        self._trained,self._items,self._first,self._starts = 0,None,None,[]
+        self._load,self._train,self._score,self._plain = 0.,1.,1/3,1. # prices of an item, until they are known
+        self._selected = 0. # seconds that choosing has taken, beside what goes by items
+        self._trained,self._items,self._starts = 0,None,[]
 
     def _selecting(self):
         "The record of who selects, if there is somebody"
@@ -113,12 +114,14 @@ class TimeBudget(Limit):
         scored = sum(r['fp'] for r in rows)
         if not first['training_s'] > 0: return # a clock too coarse to tell
         self._train = first['training_s']/first['bp']
-        self._load = max(self._first-first['training_s']-first['scoring_s'], 0.)/max(first['loads'], 1)
+        self._plain = (first['forward_s']+first['backward_s'])/first['bp'] # plain training remembers nothing
+        self._load = first['loading_s']/max(first['loads'], 1)
+        self._selected = sum(r['selecting_s'] for r in rows)
         self._score = sum(r['scoring_s'] for r in rows)/scored if scored else self._train/3
 
     def _plain_epoch(self):
         "What a plain epoch costs"
-        if self._items is not None: return self._items*(self._load+self._train)
+        if self._items is not None: return self._items*(self._load+self._plain)
         dl = inner_loader(self.dls.train)
         n = item_count(dl) if getattr(dl, 'indexed', False) and dl.n else self.n_iter*(dl.bs or 1)
         return n if not dl.drop_last else self.n_iter*dl.bs
@@ -130,7 +133,8 @@ class TimeBudget(Limit):
             share = used/max(self.seconds-self._validating, 1e-9)
         else:
             loaded,trained,scored = self._done()
-            share = (loaded*self._load+trained*self._train+scored*self._score)/(self.epochs*self._plain_epoch())
+            used = loaded*self._load + trained*self._train + scored*self._score + self._selected
+            share = used/(self.epochs*self._plain_epoch())
         self._progress = min(max(share, self._progress), 1.)
         return self._progress
 
@@ -140,7 +144,6 @@ class TimeBudget(Limit):
         super().before_train()
         self._starts.append(self._progress)
         self._expect()
-        self._since = time.perf_counter()
 
     def _expect(self):
         "How many epochs will there be, should those to come be as the last one? The progress bar is told"
@@ -153,9 +156,6 @@ class TimeBudget(Limit):
     def after_batch(self):
         self._trained += find_bs(self.yb) if len(self.yb) else 0
         super().after_batch()
-
-    def after_train(self):
-        if self.epoch == 0: self._first = time.perf_counter()-self._since
 
     def before_validate(self): self._since = time.perf_counter()
     def after_validate(self): self._validating = time.perf_counter()-self._since

@@ -97,7 +97,7 @@ def files(
     path,dev,target = Path(data).expanduser(),check_device(device),check_out(out)
     _valid_of(path)
     o = dict(data=path.name, epochs=epochs, size=size, width=width, bs=bs, lr=lr)
-    asked = dict(o, data=data, workers=workers, seeds=seeds, threads=threads, device=device, out=out)
+    asked = dict(o, workers=workers, seeds=seeds, threads=threads, device=device, out=out)
     with torch_threads(threads):
         res = dict(command=command_line(files, **asked), config=o, runs=[], **environment(dev))
         for seed in range(seeds):
