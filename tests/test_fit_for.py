@@ -14,6 +14,7 @@ from torch import nn
 import fastsb.fit_for
 import fastsb.record
 from fastsb.fit_for import EndOfFit, Limit, TimeBudget
+from fastsb.sampler import SelectiveSampler
 from fastsb.select import TopK
 
 N, BS = 640, 32
@@ -104,6 +105,29 @@ def test_the_time_is_that_of_plain_epochs(clock, mode):
     assert epochs == 6 if mode == "plain" else epochs > 6
     assert len({len(v) for v in learn.recorder.values}) == 1, "a row of the table lacks a column"
     assert not {"all_batches", "one_batch"} & set(vars(learn))
+
+
+@pytest.mark.parametrize("remember, choose", [(2.0, 0.0), (0.0, 300.0), (1.0, 100.0)])
+def test_selection_pays_for_remembering_and_choosing(clock, monkeypatch, remember, choose):
+    "Seconds a row and an epoch: the budget is that of plain training, which does neither"
+
+    def slowly(name, seconds):
+        was = getattr(SelectiveSampler, name)
+
+        def f(self, first, *args, **kw):
+            clock.now += seconds * (len(first) if name == "observe" else 1)
+            return was(self, first, *args, **kw)
+
+        monkeypatch.setattr(SelectiveSampler, name, f)
+
+    slowly("observe", remember)
+    slowly("begin_epoch", choose)
+    learn, rows = fit(clock, MODES["default"], epochs=6)
+    spent = clock.now - VALIDATE * rows.validated
+    plain = 6 * N * (LOAD + TRAIN)
+    last = BS * (LOAD + TRAIN + remember) + choose  # a step, and choosing for the last epoch, which is counted after it
+    dropped = BS * LOAD * learn.n_epoch  # fastai loads what is left of an epoch, and drops it: not of a batch's time
+    assert plain <= spent <= plain + last + dropped
 
 
 @pytest.mark.parametrize("epochs", [0.3, 1, 2.5])

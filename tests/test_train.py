@@ -422,7 +422,13 @@ def test_a_budget_is_the_time_of_so_many_plain_epochs(tmp_path, strategy):
     learn, text, log = train(tmp_path, strategy=strategy, budget=2.5, batch_size=64, learning_rate=0.05, report='line')
     assert log.epoch.tolist() == list(range(1, learn.n_epoch+1)) and f'epoch {learn.n_epoch}/{learn.n_epoch}' in text
     assert learn.recorder.lrs[-1] < 0.05/20
-    if strategy != 'sb': assert 2.5*N <= log.bp.sum() < 2.5*N + 64
+    first = log.iloc[0]
+    plain = (first.loading_s + first.forward_s + first.backward_s)/N # of an item
+    its_own = first.loading_s/N + first.training_s/N
+    choosing = log.selecting_s
+    spent = log.bp.sum()*its_own + choosing[:-1].sum()
+    if strategy == 'nofilter': assert 2.5*N <= log.bp.sum() < 2.5*N + 64
+    if strategy == 'default': assert 2.5*N*plain <= spent < 2.5*N*plain + 64*its_own + choosing.max()
     for wrong, says in ((dict(epochs=3), 'both say how long'), (dict(lr_sched='s.json'), 'leave lr_sched out')):
         with pytest.raises(ValueError, match=says): fastsb_train(budget=2., output_dir=tmp_path/'never', **wrong)
 
