@@ -145,7 +145,8 @@ def plot_lengths(
             if r.low == 0: ax.plot(x, low, ls='', marker=11, ms=9, color=colour)
             if r.high == np.inf: ax.plot(x, high, ls='', marker=10, ms=9, color=colour)
         lengths |= set(t['plain budget'])
-    if not lengths: raise ValueError(f"data: nothing in it says in what time {method} reaches plain training's accuracy.")
+    if not lengths:
+        raise ValueError(f"data: nothing in it says in what time {method} reaches plain training's accuracy.")
     ax.axhline(1, color='grey', lw=.8, ls='--')
     ax.set_xscale('log', base=2)
     ax.set_xticks(sorted(lengths), [f'{o:g}' for o in sorted(lengths)])
