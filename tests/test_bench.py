@@ -283,7 +283,7 @@ def test_the_committed_epochs():
 
 
 def test_files(tmp_path, capsys):
-    "Fits from files, in its own process: plain and the default, with as many items trained on"
+    "Fits from files: plain and the default, for the same time"
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -299,8 +299,11 @@ def test_files(tmp_path, capsys):
     assert [(r["method"], r["seed"]) for r in res["runs"]] == [(m, s) for s in (0, 1) for m in ("plain", "default")]
     for r in res["runs"]:
         batch = 112 // 16 * 16  # whole batches of 120 items
-        assert 6 * batch <= r["trained"] < 6 * batch + 16 and r["training_s"] > 0
-        assert r["epochs"] == 6 and r["kept"] > 0.9 if r["method"] == "plain" else r["epochs"] >= 6
+        assert r["trained"] < 6 * batch + 16 and r["training_s"] > 0
+        if r["method"] == "plain":
+            assert r["trained"] == 6 * batch and r["epochs"] == 6 and r["kept"] > 0.9
+        else:
+            assert r["trained"] > 2 * batch  # less than plain training by what selection itself costs
     assert min(r["kept"] for r in res["runs"]) < 0.9
     for wrong, says in (
         (["--data", str(tmp_path / "train")], "must hold the folders train and valid"),
