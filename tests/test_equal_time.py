@@ -299,7 +299,7 @@ def test_validating_leaves_no_trace():
 
 def test_each_method_runs_and_they_are_pairs(capsys):
     "Every method of the table: the same initial weights, the budget kept to, and recomputable from its line"
-    config = tasks.configuration(items=320, **SMALL)
+    config = dict(tasks.configuration(items=320, **SMALL), augment=True, flip=True)  # for who flips by visits
     d = tasks.Task(config, 0, "cpu")
     scorers = [s for m in contestants.methods if (s := contestants.method_settings(m, d)[1]) is not None]
     costs = dict(
@@ -333,6 +333,12 @@ def test_each_method_runs_and_they_are_pairs(capsys):
     )
     assert lines["rho"]["counts"]["fp"] > 288 and lines["rho"]["loaded"] == 1 and lines["rho"]["scored"] > 0.5
     assert "UserWarning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["plain_flips", "default_flips"])
+def test_flips_by_visits_need_flips(method):
+    with pytest.raises(ValueError, match=f"{method} flips images by visits, but these are not to be flipped"):
+        contestants.check_method(method, task())
 
 
 def test_what_is_held_out():

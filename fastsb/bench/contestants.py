@@ -226,6 +226,9 @@ def check_method(
 ):
     "Raise `ValueError` if a method cannot be made: before anything is run"
     kw,*_ = method_settings(name, d)
+    flips = d.config['augment'] and d.config['flip']
+    if not flips and any(isinstance(cb, FlipByVisits) for cb in mixers(name)):
+        raise ValueError(f"methods: {name} flips images by visits, but these are not to be flipped.")
     if kw is None: return
     if isinstance(kw.get('selector'), HeldOut): kw['selector'] = TopK(.5)
     try: d.learner(np.arange(d.config['bs'])).selective_backprop(**kw)
