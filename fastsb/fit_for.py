@@ -112,7 +112,7 @@ class TimeBudget(Limit):
         if record is None: return
         first,*_ = rows = self._rows(record)
         scored = sum(r['fp'] for r in rows)
-        if not first['training_s'] > 0: return # a clock too coarse to tell
+        if not first['forward_s']+first['backward_s'] > 0: return # a clock too coarse to tell
         self._train = first['training_s']/first['bp']
         self._plain = (first['forward_s']+first['backward_s'])/first['bp'] # plain training remembers nothing
         self._load = first['loading_s']/max(first['loads'], 1)

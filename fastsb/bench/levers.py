@@ -106,7 +106,7 @@ class SecondTier(SmallerFirst):
 
     def _train_on(self, items):
         dl = inner_loader(self.dls.train)
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         was = [m.momentum for m in norms]
         self._inside,self.now = True,self.sizes[0]
         for m in norms: m.momentum = 0.
