@@ -194,7 +194,9 @@ def plot_seconds(
     plain=None, # Such a log of a fit without selection, to stand beside it
     ax=None, # Matplotlib axes to draw on; None: new ones
 ): # The axes
-    "Draw the seconds of each epoch, stacked by what they were spent on"
+    "Draw the seconds of each epoch, stacked by what they were spent on; raises `TypeError` if `plain` is no log"
+    if plain is not None and not isinstance(plain, pd.DataFrame):
+        raise TypeError(f"plain must be a log, such as another learner's learn.sb.log, not a {type(plain).__name__}.")
     log,ax = _last_fit(log),_axes(ax)
     fits = [('', log, {})]
     if plain is not None: fits.insert(0, ('plain: ', _last_fit(plain), dict(alpha=.45, hatch='//')))

@@ -330,3 +330,9 @@ def test_nothing_is_cut_off_and_all_can_be_seen(name, style):
 def test_axes_of_ones_own(name):
     ax = plt.subplots()[1]
     assert PICTURES[name](ax=ax) is ax and len(plt.get_fignums()) == 1
+
+
+def test_a_plain_fit_is_given_by_its_log(fits):
+    learn = next(iter(fits.values()))
+    with pytest.raises(TypeError, match="plain must be a log, such as another learner's learn.sb.log, not a Learner"):
+        learn.sb.plot_time(plain=learn)
